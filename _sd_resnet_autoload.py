@@ -1,0 +1,76 @@
+"""Registers the sd_resnet models as soon as a program imports timm. Started by `sd_resnet.pth` at Python's start.
+
+timm has no plugin discovery, so a finder waits on `sys.meta_path` for the import of `timm`, lets timm's own loader
+run, imports `sd_resnet` after it, and is gone. `SD_RESNET_AUTOLOAD=0` turns it off. This module is imported at every
+start of Python: it imports nothing that Python has not loaded by then, and it never raises.
+"""
+
+import sys
+
+
+class _Finder:
+    """Finds `timm` as the other finders do, with a loader that imports the plugin afterwards."""
+
+    busy = False
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name != 'timm' or cls.busy:
+            return None
+        cls.busy = True  # the finders asked below may look for timm through the import system again
+        try:
+            for finder in sys.meta_path:
+                find_spec = None if finder is cls else getattr(finder, 'find_spec', None)
+                spec = find_spec(name, path, target) if find_spec else None
+                if spec is not None:
+                    if hasattr(spec.loader, 'exec_module'):
+                        spec.loader = _Loader(spec.loader)
+                    return spec
+            return None
+        finally:
+            cls.busy = False
+
+
+class _Loader:
+    """timm's own loader, but for one import after it. Looking for the spec alone does not use it up."""
+
+    def __init__(self, loader):
+        self._loader = loader
+
+    def __getattr__(self, name):
+        if name == '_loader':
+            raise AttributeError(name)  # not there yet in a copy that is being made
+        return getattr(self._loader, name)
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module):
+        # timm and its users see the loader that they would see without this module
+        module.__loader__ = module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        if _Finder in sys.meta_path:
+            sys.meta_path.remove(_Finder)
+        try:
+            import sd_resnet  # noqa: F401
+        except Exception as error:
+            import warnings
+
+            warnings.warn(
+                f'sd_resnet could not be imported, so its models are not registered with timm: '
+                f'{type(error).__name__}: {error} (SD_RESNET_AUTOLOAD=0 turns automatic registration off)',
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def install():
+    """Wait for `timm`, unless it is there already, or SD_RESNET_AUTOLOAD=0."""
+    try:
+        os = sys.modules.get('os')  # site has imported it; without site there are no .pth files
+        if os is None or os.environ.get('SD_RESNET_AUTOLOAD') == '0' or _Finder in sys.meta_path:
+            return
+        if 'timm' not in sys.modules:
+            sys.meta_path.insert(0, _Finder)
+    except Exception:  # noqa: S110 - Python must start
+        pass

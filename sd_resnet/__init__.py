@@ -1,0 +1,9 @@
+"""timm ResNets trained with stochastic depth that skip the work they drop. Importing registers the models with timm."""
+
+from . import resnet_cifar, resnet_imagenet
+from .schedules import expected_depth, survival_probs
+from .stochastic_depth import StochasticDepth
+
+__version__ = '0.1.0'
+
+__all__ = ['StochasticDepth', '__version__', 'expected_depth', 'resnet_cifar', 'resnet_imagenet', 'survival_probs']

@@ -1,0 +1,213 @@
+"""What the ImageNet and the CIFAR nets share: one draw per forward pass, handed to the blocks as an argument."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.fx
+from timm.models import build_model_with_cfg
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from .resnet_blocks import ResidualBlock, Stage
+from .schedules import Schedule, expected_depth, survival_probs
+from .stochastic_depth import Decision, draw_decisions, scriptable_copy
+
+
+class StochasticDepthNet(nn.Module):
+    """A network of stages `layer1`, `layer2`, ... of residual blocks, after a stem `conv1`, `bn1`, `act1`, `maxpool`.
+
+    Mixed into a network class, which calls `init_drop_path` once its blocks exist.
+    """
+
+    __jit_unused_properties__ = ['survival_probs', 'expected_depth']
+
+    if TYPE_CHECKING:  # what the network class brings; TorchScript would read plain annotations
+        stage_names: tuple[str, ...]
+        conv1: nn.Module
+        bn1: nn.Module
+        act1: nn.Module
+        maxpool: nn.Module
+        grad_checkpointing: bool
+
+    def init_drop_path(
+        self,
+        drop_path_rate: float | None,
+        drop_path_schedule: Schedule,
+        drop_path_mode: str,
+        drop_path_rescale: str,
+        drop_path_sync: bool,
+    ) -> None:
+        self.drop_path_sync = drop_path_sync
+        self._shared_generator = None
+        self._set_drop_path(
+            drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_rescale, keep_function=False
+        )
+
+    def set_drop_path(
+        self,
+        rate: float | None = None,
+        schedule: Schedule | None = None,
+        mode: str | None = None,
+        rescale: str | None = None,
+    ) -> None:
+        """Change stochastic depth in place and keep the test-time function; None leaves a setting as it is.
+
+        The last norm layer of each branch is rescaled in place, which an EMA or an averaged copy does not see (timm's
+        `ModelEmaV3` pairs values by position): call this before EMA, DDP and `torch.compile`, or on the copy too.
+
+        Args:
+            rate: 1 - p_L, in [0, 1).
+            schedule: See `survival_probs`. A new sequence of probabilities replaces the rate.
+            mode: `'batch'`, `'row'` or `'subset'`.
+            rescale: `'test'` or `'train'`.
+
+        Raises:
+            ValueError: An argument is not allowed; nothing has changed then.
+        """
+        if rate is None and (schedule is None or isinstance(schedule, str)):
+            rate = self.drop_path_rate
+        self._set_drop_path(
+            rate,
+            self.drop_path_schedule if schedule is None else schedule,
+            self.drop_path_mode if mode is None else mode,
+            self.drop_path_rescale if rescale is None else rescale,
+            keep_function=True,
+        )
+
+    def _set_drop_path(
+        self, rate: float | None, schedule: Schedule, mode: str, rescale: str, keep_function: bool
+    ) -> None:
+        blocks = list(self.blocks())
+        probs = survival_probs(len(blocks), rate, schedule)
+        for block, p_l in zip(blocks, probs):
+            block.check(p_l, mode, rescale)
+        for block, p_l in zip(blocks, probs):
+            block.configure(p_l, mode, rescale, keep_function)
+        self.drop_path_rate = rate
+        self.drop_path_schedule = schedule
+        self.drop_path_mode = mode
+        self.drop_path_rescale = rescale
+
+    @property
+    def survival_probs(self) -> tuple[float, ...]:
+        """p_1 .. p_L."""
+        return tuple(block.drop_path.survival_prob for block in self.blocks())
+
+    @property
+    def expected_depth(self) -> float:
+        """Mean number of active blocks in a training step."""
+        return expected_depth(self.survival_probs)
+
+    def blocks(self) -> Iterator[ResidualBlock]:
+        """The residual blocks in order; fewer after `prune_intermediate_layers`."""
+        for name in self.stage_names:
+            yield from getattr(self, name).children()
+
+    def forward_stages(
+        self, x: Tensor, taken: Sequence[int] = (), last: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Stem and stages.
+
+        Args:
+            x: Images (N, C, H, W).
+            taken: Indices of the features to return beside the last one; 0 is the stem's.
+            last: Number of stages to run, None for all.
+        """
+        decisions = self.draw(x)
+        x = self.act1(self.bn1(self.conv1(x)))
+        features = [x] if 0 in taken else []
+        x = self.maxpool(x)
+        for index, name in enumerate(self.stage_names[:last], start=1):
+            stage = getattr(self, name)
+            if isinstance(stage, Stage):  # pruning puts an nn.Identity in its place
+                own = None if decisions is None else [decisions.pop(0) for _ in stage]
+                x = stage(x, own, self.grad_checkpointing)
+            if index in taken:
+                features.append(x)
+        return x, features
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The last features and intermediate ones, as timm's ResNet gives them.
+
+        Args:
+            x: Images (N, C, H, W).
+            indices: The last n features if a number, all if None, else those of the list; 0 is the stem's.
+            norm: Without effect: there is no final norm layer.
+            stop_early: Do not run the stages after the last wanted one.
+            output_fmt: `'NCHW'`.
+            intermediates_only: Return the list alone.
+
+        Returns:
+            A list of (N, C, H, W), or the last feature and that list.
+
+        Raises:
+            ValueError: `output_fmt` is not `'NCHW'`.
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        taken, highest = feature_take_indices(1 + len(self.stage_names), indices)
+        x, features = self.forward_stages(x, taken, highest if stop_early else None)
+        return features if intermediates_only else (x, features)
+
+    def draw(self, x: Tensor) -> list[Decision] | None:
+        """One decision per block for this forward pass, or None where nothing is to be drawn.
+
+        Drawn on the host, outside any checkpointed region; for all blocks as soon as one of them trains, so that
+        ranks stay in step. A `torch.fx` trace draws nothing: its blocks are leaves and draw when they run.
+        """
+        blocks = list(self.blocks())
+        if isinstance(x, torch.fx.Proxy) or not any(b.training and b.drop_path.survival_prob < 1 for b in blocks):
+            return None
+        return draw_decisions([block.drop_path for block in blocks], x, self._generator(blocks))
+
+    def _generator(self, blocks: list[ResidualBlock]) -> torch.Generator | None:
+        """In batch mode on more than one rank a generator that all ranks share, else None, torch's default one."""
+        if self.drop_path_mode != 'batch' or not dist.is_available() or not dist.is_initialized():
+            return None
+        if dist.get_world_size() == 1:
+            return None
+        if not self.drop_path_sync:
+            for block in blocks:
+                block.check_alone()
+            return None
+        if self._shared_generator is None:
+            seed = [int(torch.randint(2**63 - 1, (), device='cpu'))]
+            dist.broadcast_object_list(seed, src=0)
+            self._shared_generator = torch.Generator().manual_seed(seed[0])
+        return self._shared_generator
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scriptable_copy(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_shared_generator': None}  # a copy joins the ranks anew
+
+
+def build(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:
+    """timm's builder; where pretrained weights cannot be had, its error with one line on what to do.
+
+    `features_only` models go through `forward_intermediates` (`'getter'`), so that they draw in the same place.
+    """
+    try:
+        return build_model_with_cfg(model_cls, variant, pretrained, feature_cfg={'feature_cls': 'getter'}, **kwargs)
+    except OSError as error:
+        if pretrained:
+            advice = (
+                f'{variant}: the pretrained weights are not in the cache and could not be downloaded. Connect to the '
+                'Hugging Face Hub once, or point HF_HOME to a filled cache, or name a local file with '
+                "pretrained_cfg_overlay={'file': PATH}, or pass pretrained=False."
+            )
+            error.args = (f'{error}\n{advice}', *error.args[1:]) if len(error.args) < 2 else error.args
+        raise

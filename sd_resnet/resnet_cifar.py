@@ -1,0 +1,249 @@
+"""The paper's ResNets for CIFAR and SVHN: depth 6n + 2, three stages of n basic blocks, parameter-free shortcuts.
+
+Huang et al., section 4; the nets are those of He et al. (https://arxiv.org/abs/1512.03385), section 4.2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import create_classifier
+from timm.models import generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from .resnet_base import StochasticDepthNet, build
+from .resnet_blocks import Stage, StochasticBasicBlock
+from .schedules import Schedule
+
+
+class PadShortcut(nn.Module):
+    """Shortcut where the shape changes, without parameters: average-pool by the stride, zero-pad the channels.
+
+    Args:
+        channels: Number of channels to add.
+        stride: Stride of the block.
+    """
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C + channels, ceil(H/stride), ceil(W/stride))."""
+        x = F.avg_pool2d(x, self.stride, ceil_mode=True)
+        return F.pad(x, (0, 0, 0, 0, 0, self.channels))
+
+
+class StochasticCifarResNet(StochasticDepthNet):
+    """A ResNet of the paper's CIFAR kind, with timm's model interface.
+
+    Args:
+        blocks_per_stage: n; the network has L = 3n blocks and 6n + 2 layers.
+        num_classes: Size of the classifier, 0 for none.
+        in_chans: Number of channels of the images.
+        global_pool: timm's pooling type.
+        channels: Width of each stage.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: 1 - p_L, in [0, 1); None is 0.5 where the schedule needs one.
+        drop_path_schedule: See `sd_resnet.survival_probs`.
+        drop_path_mode: `'batch'`, `'row'` or `'subset'`; see `sd_resnet.StochasticDepth`.
+        drop_path_rescale: `'test'`, the paper's, or `'train'`, timm's.
+        drop_path_sync: In batch mode all ranks of a distributed training drop the same blocks.
+        zero_init_last: Start with branches that return zero, as timm's ResNet does.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: An argument is outside what is allowed.
+    """
+
+    stage_names = ('layer1', 'layer2', 'layer3')
+
+    def __init__(
+        self,
+        blocks_per_stage: int,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = 'avg',
+        channels: tuple[int, int, int] = (16, 32, 64),
+        drop_rate: float = 0.0,
+        drop_path_rate: float | None = None,
+        drop_path_schedule: Schedule = 'linear',
+        drop_path_mode: str = 'batch',
+        drop_path_rescale: str = 'test',
+        drop_path_sync: bool = True,
+        zero_init_last: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+
+        self.conv1 = nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=False, **dd)
+        self.bn1 = nn.BatchNorm2d(channels[0], **dd)
+        self.act1 = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity()  # these nets do not pool; the name is the one that timm's ResNet uses
+        self.feature_info = [dict(num_chs=channels[0], reduction=1, module='act1')]
+
+        inplanes, reduction = channels[0], 1
+        for name, planes in zip(self.stage_names, channels):
+            stride = 1 if name == 'layer1' else 2
+            reduction *= stride
+            blocks = []
+            for index in range(blocks_per_stage):
+                first = index == 0 and stride > 1
+                shortcut = PadShortcut(planes - inplanes, stride) if first else None
+                blocks.append(StochasticBasicBlock(inplanes, planes, stride if first else 1, shortcut, **dd))
+                inplanes = planes
+            setattr(self, name, Stage(*blocks))
+            self.feature_info.append(dict(num_chs=planes, reduction=reduction, module=name))
+
+        self.num_features = self.head_hidden_size = inplanes
+        self.global_pool, self.fc = create_classifier(inplanes, num_classes, pool_type=global_pool, **dd)
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+        if zero_init_last:
+            for block in self.blocks():
+                block.zero_init_last()
+        self.init_drop_path(drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_rescale, drop_path_sync)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Parameter groups for layer-wise learning rates: by stage, or by block."""
+        return dict(stem=r'^conv1|bn1|maxpool', blocks=r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)')
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
+        """The classifier, or its name."""
+        return 'fc' if name_only else self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str = 'avg') -> None:
+        """A new classifier; 0 classes for none, `global_pool=''` for no pooling."""
+        self.num_classes = num_classes
+        weight = self.conv1.weight
+        self.global_pool, self.fc = create_classifier(
+            self.num_features, num_classes, pool_type=global_pool, device=weight.device, dtype=weight.dtype
+        )
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the stages after the last wanted feature, and the head; `prune_norm` has no effect."""
+        taken, highest = feature_take_indices(1 + len(self.stage_names), indices)
+        for name in self.stage_names[highest:]:
+            setattr(self, name, nn.Identity())
+        if prune_head:
+            self.reset_classifier(0, '')
+        return taken
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) images to the last stage's (N, 64, H/4, W/4)."""
+        if torch.jit.is_scripting():
+            x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+            return self.layer3(self.layer2(self.layer1(x)))
+        else:
+            return self.forward_stages(x)[0]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features to logits (N, num_classes), or to what the classifier is given."""
+        x = self.global_pool(x)
+        if self.drop_rate:
+            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) images to logits (N, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    """Channel means and standard deviations are CIFAR-10's; a pad-4 crop is the paper's augmentation."""
+    return {
+        'num_classes': 10,
+        'input_size': (3, 32, 32),
+        'pool_size': (8, 8),
+        'crop_pct': 1.0,
+        'interpolation': 'bilinear',
+        'mean': (0.4914, 0.4822, 0.4465),
+        'std': (0.2470, 0.2435, 0.2616),
+        'first_conv': 'conv1',
+        'classifier': 'fc',
+        'paper_ids': 'arXiv:1603.09382',
+        'paper_name': 'Deep Networks with Stochastic Depth',
+        'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'sd_resnet20_cifar': _cfg(),
+        'sd_resnet32_cifar': _cfg(),
+        'sd_resnet44_cifar': _cfg(),
+        'sd_resnet56_cifar': _cfg(),
+        'sd_resnet110_cifar': _cfg(),
+        'sd_resnet152_cifar': _cfg(),
+        'sd_resnet1202_cifar': _cfg(),
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, depth: int, kwargs: dict[str, Any]) -> StochasticCifarResNet:
+    return build(StochasticCifarResNet, variant, pretrained, **{'blocks_per_stage': (depth - 2) // 6, **kwargs})
+
+
+@register_model
+def sd_resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> StochasticCifarResNet:
+    """20 layers, L = 9 blocks."""
+    return _create('sd_resnet20_cifar', pretrained, 20, kwargs)
+
+
+@register_model
+def sd_resnet32_cifar(pretrained: bool = False, **kwargs: Any) -> StochasticCifarResNet:
+    """32 layers, L = 15 blocks."""
+    return _create('sd_resnet32_cifar', pretrained, 32, kwargs)
+
+
+@register_model
+def sd_resnet44_cifar(pretrained: bool = False, **kwargs: Any) -> StochasticCifarResNet:
+    """44 layers, L = 21 blocks."""
+    return _create('sd_resnet44_cifar', pretrained, 44, kwargs)
+
+
+@register_model
+def sd_resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> StochasticCifarResNet:
+    """56 layers, L = 27 blocks."""
+    return _create('sd_resnet56_cifar', pretrained, 56, kwargs)
+
+
+@register_model
+def sd_resnet110_cifar(pretrained: bool = False, **kwargs: Any) -> StochasticCifarResNet:
+    """110 layers, L = 54 blocks, the paper's CIFAR net."""
+    return _create('sd_resnet110_cifar', pretrained, 110, kwargs)
+
+
+@register_model
+def sd_resnet152_cifar(pretrained: bool = False, **kwargs: Any) -> StochasticCifarResNet:
+    """152 layers, L = 75 blocks, the paper's SVHN net."""
+    return _create('sd_resnet152_cifar', pretrained, 152, kwargs)
+
+
+@register_model
+def sd_resnet1202_cifar(pretrained: bool = False, **kwargs: Any) -> StochasticCifarResNet:
+    """1202 layers, L = 600 blocks, the paper's deepest net."""
+    return _create('sd_resnet1202_cifar', pretrained, 1202, kwargs)

@@ -1,0 +1,161 @@
+"""ResNets for ImageNet: timm's own `ResNet` with blocks that skip, one entrypoint per model.
+
+The pretrained tags name weights on the Hub that were trained with stochastic depth and have the same layout: timm's
+"ResNet strikes back" recipes A1 and A2 (drop path 0.05, https://arxiv.org/abs/2110.00476).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from timm.models import PretrainedCfg, generate_default_cfgs, get_arch_pretrained_cfgs, get_pretrained_cfg, register_model
+from timm.models.resnet import ResNet
+from torch import Tensor, nn
+
+from .resnet_base import StochasticDepthNet, build
+from .resnet_blocks import Stage, StochasticBasicBlock, StochasticBottleneck
+from .schedules import Schedule
+
+
+class StochasticResNet(StochasticDepthNet, ResNet):
+    """timm's ResNet, trained with stochastic depth.
+
+    Args:
+        block: `StochasticBasicBlock` or `StochasticBottleneck`.
+        layers: Number of blocks of each of the four stages.
+        drop_path_rate: 1 - p_L, in [0, 1); None is 0.5 where the schedule needs one.
+        drop_path_schedule: See `sd_resnet.survival_probs`.
+        drop_path_mode: `'batch'`, `'row'` or `'subset'`; see `sd_resnet.StochasticDepth`.
+        drop_path_rescale: `'test'`, the paper's, or `'train'`, timm's.
+        drop_path_sync: In batch mode all ranks of a distributed training drop the same blocks.
+        **kwargs: What timm's `ResNet` takes.
+
+    Raises:
+        ValueError: An argument is outside what is allowed.
+    """
+
+    stage_names = ('layer1', 'layer2', 'layer3', 'layer4')
+
+    def __init__(
+        self,
+        block: type[nn.Module],
+        layers: tuple[int, ...],
+        drop_path_rate: float | None = None,
+        drop_path_schedule: Schedule = 'linear',
+        drop_path_mode: str = 'batch',
+        drop_path_rescale: str = 'test',
+        drop_path_sync: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(block, layers, **kwargs)
+        for name in self.stage_names:
+            setattr(self, name, Stage(*getattr(self, name)))
+        self.init_drop_path(drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_rescale, drop_path_sync)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) images to the last stage's (N, C', H/32, W/32)."""
+        if torch.jit.is_scripting():
+            x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+            return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        else:
+            return self.forward_stages(x)[0]
+
+
+def _cfgs(variant: str) -> dict[str, PretrainedCfg]:
+    """Tags of `sd_<variant>`, with the preprocessing that timm's registry holds for the same weights."""
+    cfgs = get_arch_pretrained_cfgs(variant)
+    tags = [f'{variant}.{tag}' for tag in ('a1_in1k', 'a2_in1k') if f'{variant}.{tag}' in cfgs]
+    if not tags:  # no weights trained with stochastic depth
+        plain = get_pretrained_cfg(variant, allow_unregistered=False)
+        return {f'sd_{variant}': replace(plain, url='', hf_hub_id=None, tag=None)}
+    return {
+        f'sd_{name}': replace(cfgs[name], url='', hf_hub_id=f'timm/{name}', hf_hub_filename='model.safetensors')
+        for name in tags
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        **_cfgs('resnet18'),
+        **_cfgs('resnet34'),
+        **_cfgs('resnet50'),
+        **_cfgs('resnet101'),
+        **_cfgs('resnet152'),
+        **_cfgs('resnet50d'),
+        **_cfgs('resnet101d'),
+        **_cfgs('resnet152d'),
+        **_cfgs('wide_resnet50_2'),
+        **_cfgs('resnext50_32x4d'),
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> StochasticResNet:
+    return build(StochasticResNet, variant, pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def sd_resnet18(pretrained: bool = False, **kwargs: Any) -> StochasticResNet:
+    """ResNet-18, L = 8 blocks."""
+    return _create('sd_resnet18', pretrained, dict(block=StochasticBasicBlock, layers=(2, 2, 2, 2)), kwargs)
+
+
+@register_model
+def sd_resnet34(pretrained: bool = False, **kwargs: Any) -> StochasticResNet:
+    """ResNet-34, L = 16 blocks."""
+    return _create('sd_resnet34', pretrained, dict(block=StochasticBasicBlock, layers=(3, 4, 6, 3)), kwargs)
+
+
+@register_model
+def sd_resnet50(pretrained: bool = False, **kwargs: Any) -> StochasticResNet:
+    """ResNet-50, L = 16 blocks."""
+    return _create('sd_resnet50', pretrained, dict(block=StochasticBottleneck, layers=(3, 4, 6, 3)), kwargs)
+
+
+@register_model
+def sd_resnet101(pretrained: bool = False, **kwargs: Any) -> StochasticResNet:
+    """ResNet-101, L = 33 blocks."""
+    return _create('sd_resnet101', pretrained, dict(block=StochasticBottleneck, layers=(3, 4, 23, 3)), kwargs)
+
+
+@register_model
+def sd_resnet152(pretrained: bool = False, **kwargs: Any) -> StochasticResNet:
+    """ResNet-152, L = 50 blocks, the paper's ImageNet net."""
+    return _create('sd_resnet152', pretrained, dict(block=StochasticBottleneck, layers=(3, 8, 36, 3)), kwargs)
+
+
+_D_ARGS = dict(block=StochasticBottleneck, stem_width=32, stem_type='deep', avg_down=True)
+
+
+@register_model
+def sd_resnet50d(pretrained: bool = False, **kwargs: Any) -> StochasticResNet:
+    """ResNet-50-D: a deep stem, and average pooling before the projections."""
+    return _create('sd_resnet50d', pretrained, dict(_D_ARGS, layers=(3, 4, 6, 3)), kwargs)
+
+
+@register_model
+def sd_resnet101d(pretrained: bool = False, **kwargs: Any) -> StochasticResNet:
+    """ResNet-101-D."""
+    return _create('sd_resnet101d', pretrained, dict(_D_ARGS, layers=(3, 4, 23, 3)), kwargs)
+
+
+@register_model
+def sd_resnet152d(pretrained: bool = False, **kwargs: Any) -> StochasticResNet:
+    """ResNet-152-D."""
+    return _create('sd_resnet152d', pretrained, dict(_D_ARGS, layers=(3, 8, 36, 3)), kwargs)
+
+
+@register_model
+def sd_wide_resnet50_2(pretrained: bool = False, **kwargs: Any) -> StochasticResNet:
+    """Wide ResNet-50-2: twice the width inside each bottleneck."""
+    model_args = dict(block=StochasticBottleneck, layers=(3, 4, 6, 3), base_width=128)
+    return _create('sd_wide_resnet50_2', pretrained, model_args, kwargs)
+
+
+@register_model
+def sd_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> StochasticResNet:
+    """ResNeXt-50 32x4d: 32 groups of 4 channels in the 3x3 convolutions."""
+    model_args = dict(block=StochasticBottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4)
+    return _create('sd_resnext50_32x4d', pretrained, model_args, kwargs)

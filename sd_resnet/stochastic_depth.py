@@ -1,0 +1,287 @@
+"""The `StochasticDepth` module, the draw, and the operations that make a dropped branch cost nothing.
+
+Section and equation numbers refer to Huang et al., "Deep Networks with Stochastic Depth"
+(https://arxiv.org/abs/1603.09382). The field's words: a residual block computes `act(shortcut(x) + branch(x))`;
+p_l is block l's survival probability, b_l its draw.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any, Optional, TypeVar, Union
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.autograd import Function
+
+ModuleT = TypeVar('ModuleT', bound=nn.Module)
+
+MODES = ('batch', 'row', 'subset')
+RESCALES = ('test', 'train')
+
+# What a block is told about one training step. Batch mode: is the block active? Row mode: the mask of the rows,
+# (N, 1, 1, 1). Subset mode: the first row of the window. None: the block draws for itself.
+Decision = Optional[Union[bool, int, Tensor]]
+
+
+class _Scriptable(DropPath):
+    """`StochasticDepth` as TorchScript sees it: `survival_prob` is the travelling scalar, not the Python number."""
+
+    __jit_unused_properties__ = ['drop_prob', 'test_scale']
+
+    def gate(self, x: Tensor) -> Tensor:
+        """A factor for the undropped branch, for TorchScript, where no autograd function can skip it.
+
+        The values are those of the mode, broadcast to (N, 1, 1, 1); nothing is saved, and BatchNorm sees every row.
+        """
+        batch = x.shape[0]
+        if self.mode == 'row':
+            gate, share = self.mask(x), self._p
+        elif self.mode == 'batch':
+            gate, share = self.mask(x[:1]), self._p
+        else:
+            rows = max(1, int(round(self._p * batch)))
+            offset = torch.arange(batch, device=x.device) - int(torch.randint(batch, (1,)).item())
+            gate, share = (offset.remainder(batch) < rows).to(x.dtype).view(batch, 1, 1, 1), rows / batch
+        return gate / share if self.rescale == 'train' else gate
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Row mode's draw: 1 for a surviving sample, else 0; shape (N, 1, ..., 1), on the device of `x`."""
+        return x.new_empty([x.shape[0]] + [1] * (x.dim() - 1)).bernoulli_(self._p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._p == 1.0:
+            return x
+        if self.training:
+            mask = self.mask(x)
+            return x * (mask / self._p if self.rescale == 'train' else mask)
+        return x * self._p if self.rescale == 'test' else x
+
+
+class StochasticDepth(_Scriptable):
+    """Survival probability, mode and rescaling of one residual block; each block holds its own as `drop_path`.
+
+    The block skips the work. Called like timm's `DropPath`, the module applies the row mode's mask in training and
+    the factor that the rescaling asks for, so that code which treats it as a `DropPath` gets a right answer.
+
+    In test-time rescaling the state dict holds one scalar, `survival_prob`, where p_l < 1. It is rebuilt from the
+    Python number, which alone decides; see `resnet_blocks.ResidualBlock` for what loading makes of it.
+
+    Args:
+        survival_prob: p_l, in (0, 1].
+        mode: `'batch'`, one draw per mini-batch (section 3); `'row'`, one per sample; `'subset'`, the branch runs on
+            round(p_l * N) neighbouring rows.
+        rescale: `'test'`, the branch times p_l in evaluation (equation 5); `'train'`, the branch over p_l in training.
+        device: Device of the travelling scalar.
+        dtype: Type of the travelling scalar.
+
+    Raises:
+        ValueError: An argument is outside what is allowed.
+    """
+
+    def __init__(
+        self,
+        survival_prob: float = 1.0,
+        mode: str = 'batch',
+        rescale: str = 'test',
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        nn.Module.__init__(self)  # DropPath's own would assign drop_prob
+        self._carrier_options = {'device': device, 'dtype': dtype}
+        self._buffers['survival_prob'] = None  # not register_buffer: the public attribute is the Python number
+        self.configure(survival_prob, mode, rescale)
+
+    def configure(self, survival_prob: float, mode: str, rescale: str) -> None:
+        """Set all three at once. It does not touch the branch's weights; `model.set_drop_path` does both."""
+        check_settings(survival_prob, mode, rescale)
+        self._p = float(survival_prob)
+        self.mode = mode
+        self.rescale = rescale
+        self.scale_by_keep = rescale == 'train'
+        self.rebuild_carrier()
+
+    def rebuild_carrier(self, like: Tensor | None = None) -> None:
+        """Make the scalar that travels in the state dict anew from the Python number, on the device of `like`."""
+        carrier = self._buffers['survival_prob']
+        if self._p == 1 or self.rescale == 'train':
+            if carrier is not None:
+                self._carrier_options = {'device': carrier.device, 'dtype': carrier.dtype}
+            self._buffers['survival_prob'] = None
+        elif carrier is None or like is not None:
+            options = self._carrier_options if like is None else {'device': like.device, 'dtype': like.dtype}
+            self._buffers['survival_prob'] = torch.full((), self._p, **options)
+        else:
+            with torch.no_grad():
+                carrier.fill_(self._p)
+
+    @property
+    def survival_prob(self) -> float:
+        """p_l."""
+        return self._p
+
+    @property
+    def test_scale(self) -> float:
+        """What the branch is multiplied by in evaluation."""
+        return self._p if self.rescale == 'test' else 1.0
+
+    @property
+    def drop_prob(self) -> float:
+        """1 - p_l, under timm's name. Assigning it acts as in timm under train-time rescaling."""
+        return 1 - self._p
+
+    @drop_prob.setter
+    def drop_prob(self, value: float) -> None:
+        if not 0 <= value < 1:
+            raise ValueError(f'drop_prob must be in [0, 1), got {value!r}')
+        if self.rescale == 'test' and value != self.drop_prob:
+            raise AttributeError(
+                f'drop_prob cannot be assigned (got {value!r}) under drop_path_rescale=\'test\': it would change what '
+                'the network computes at test time; call model.set_drop_path(rate=...) instead'
+            )
+        self.configure(1 - value, self.mode, self.rescale)
+
+    def rows(self, batch: int) -> int:
+        """Number k of rows that a branch runs on in subset mode: round(p_l * batch), ties to even, at least 1."""
+        return max(1, round(self._p * batch))
+
+    def train_factor(self, share: float) -> float:
+        """What the branch is multiplied by in training where the share `share` of the work survives."""
+        return 1 / share if self.rescale == 'train' else 1.0
+
+    def extra_repr(self) -> str:
+        return f'survival_prob={self._p:.4g}, mode={self.mode!r}, rescale={self.rescale!r}'
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        carrier = self._buffers['survival_prob']
+        if carrier is not None and not carrier.is_meta:
+            self.rebuild_carrier()  # to_empty(), or arithmetic on state dicts, may have changed it
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Nothing to copy: the block reads the stored probability and rescales its weights instead."""
+
+
+def scriptable_copy(module: ModuleT) -> ModuleT:
+    """A copy that shares all tensors, for `torch.jit.script`, which reads a buffer through the attribute of its name."""
+    if not any(isinstance(child, StochasticDepth) for child in module.modules()):
+        return module
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    copied = copy.deepcopy(module, memo)
+    for child in copied.modules():
+        if isinstance(child, StochasticDepth):
+            child.__class__ = _Scriptable
+    copied.__dict__['_copied_from'] = (module,)  # torch.jit tells modules apart by id: keep this one's from reuse
+    return copied
+
+
+def check_settings(survival_prob: float, mode: str, rescale: str) -> None:
+    """Raise a ValueError that names the argument, its value and what is allowed."""
+    if not 0 < survival_prob <= 1:
+        raise ValueError(f'survival_prob must be in (0, 1], got {survival_prob!r}')
+    if mode not in MODES:
+        raise ValueError(f'drop_path_mode must be one of {", ".join(map(repr, MODES))}, got {mode!r}')
+    if rescale not in RESCALES:
+        raise ValueError(f'drop_path_rescale must be one of {", ".join(map(repr, RESCALES))}, got {rescale!r}')
+
+
+def draw_decisions(
+    drop_paths: Sequence[StochasticDepth],
+    x: Tensor,
+    generator: torch.Generator | None = None,
+) -> list[Decision]:
+    """Draw b_1 .. b_L (section 3) for one training step.
+
+    Args:
+        drop_paths: One module per block, all of one mode.
+        x: Input of the network (N, ...). Its first dimension is the batch; a row mode's masks are drawn on its device.
+        generator: For batch mode, on the host; None is torch's default generator.
+
+    Returns:
+        One decision per block. Nothing here waits for a device.
+    """
+    mode = drop_paths[0].mode
+    if mode == 'row':
+        return [drop_path.mask(x) for drop_path in drop_paths]
+    if mode == 'subset':
+        return torch.randint(x.shape[0], (len(drop_paths),), device='cpu').tolist()
+    uniform = torch.rand(len(drop_paths), dtype=torch.float64, device='cpu', generator=generator).tolist()
+    return [u < drop_path.survival_prob for u, drop_path in zip(uniform, drop_paths)]
+
+
+def skip(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """`x` itself, with zero gradients for `parameters`.
+
+    A zero gradient is not an absent one: weight decay and momentum still act, as in the paper's code, and
+    DistributedDataParallel sees every parameter become ready, so it needs no `find_unused_parameters`.
+    """
+    return _Skip.apply(x, *(p for p in parameters if p.requires_grad))
+
+
+def fork_rows(x: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:
+    """`x` and its cyclic window of `rows` rows from `start`; the window is a view where it does not wrap."""
+    return _ForkRows.apply(x, start, rows)
+
+
+def join_rows(shortcut: Tensor, branch: Tensor, start: int, factor: float) -> Tensor:
+    """`shortcut`, with `factor * branch` added to the cyclic window of rows that starts at `start`."""
+    return _JoinRows.apply(shortcut, branch, start, factor)
+
+
+class _Skip(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        # Sizes and strides only: keeping the weights for backward would cost memory and tie it to their version.
+        ctx.layouts = [(p.shape, p.stride(), p.dtype, p.device) for p in parameters]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        zeros = (
+            torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
+            for shape, stride, dtype, device in ctx.layouts
+        )
+        return grad, *zeros
+
+
+class _ForkRows(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:
+        ctx.start = start
+        return x.view_as(x), _take(x, start, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_rows: Tensor) -> Any:
+        return _add(grad.clone(), grad_rows, ctx.start), None, None
+
+
+class _JoinRows(Function):
+    @staticmethod
+    def forward(ctx: Any, shortcut: Tensor, branch: Tensor, start: int, factor: float) -> Tensor:
+        ctx.start, ctx.rows, ctx.factor = start, branch.shape[0], factor
+        return _add(shortcut.clone(), branch, start, factor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        grad_rows = _take(grad, ctx.start, ctx.rows)
+        return grad, grad_rows if ctx.factor == 1 else grad_rows * ctx.factor, None, None
+
+
+def _take(x: Tensor, start: int, rows: int) -> Tensor:
+    """Slices, not an index: they keep any memory format."""
+    wrapped = start + rows - x.shape[0]
+    if wrapped <= 0:
+        return x.narrow(0, start, rows)
+    return torch.cat([x.narrow(0, start, rows - wrapped), x.narrow(0, 0, wrapped)])
+
+
+def _add(x: Tensor, branch: Tensor, start: int, factor: float = 1.0) -> Tensor:
+    """Add to a window of `x`, in place."""
+    rows = branch.shape[0]
+    wrapped = max(0, start + rows - x.shape[0])
+    x.narrow(0, start, rows - wrapped).add_(branch.narrow(0, 0, rows - wrapped), alpha=factor)
+    if wrapped:
+        x.narrow(0, 0, wrapped).add_(branch.narrow(0, rows - wrapped, wrapped), alpha=factor)
+    return x
