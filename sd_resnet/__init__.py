@@ -1,9 +1,10 @@
 """timm ResNets trained with stochastic depth that skip the work they drop. Importing registers the models with timm."""
 
-from . import resnet_cifar, resnet_imagenet
+from . import resnet_cifar, resnet_imagenet  # noqa: F401 - registers the models
+from .checkpoints import to_resnet
 from .schedules import expected_depth, survival_probs
 from .stochastic_depth import StochasticDepth
 
 __version__ = '0.1.0'
 
-__all__ = ['StochasticDepth', '__version__', 'expected_depth', 'resnet_cifar', 'resnet_imagenet', 'survival_probs']
+__all__ = ['StochasticDepth', '__version__', 'expected_depth', 'survival_probs', 'to_resnet']

@@ -195,13 +195,15 @@ class StochasticDepthNet(nn.Module):
         return {**self.__dict__, '_shared_generator': None}  # a copy joins the ranks anew
 
 
-def build(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:
+def build(model_cls: type[StochasticDepthNet], variant: str, pretrained: bool, **kwargs: Any) -> Any:
     """timm's builder; where pretrained weights cannot be had, its error with one line on what to do.
 
     `features_only` models go through `forward_intermediates` (`'getter'`), so that they draw in the same place.
     """
+    features = dict(feature_cls='getter', out_indices=tuple(range(1 + len(model_cls.stage_names))))
+    features.update(kwargs.pop('feature_cfg', None) or {})
     try:
-        return build_model_with_cfg(model_cls, variant, pretrained, feature_cfg={'feature_cls': 'getter'}, **kwargs)
+        return build_model_with_cfg(model_cls, variant, pretrained, feature_cfg=features, **kwargs)
     except OSError as error:
         if pretrained:
             advice = (

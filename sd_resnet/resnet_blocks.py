@@ -38,6 +38,7 @@ class ResidualBlock(nn.Module):
     """
 
     last_norm = ''  # name of the norm layer that ends the branch
+    plain_class = nn.Module  # timm's own block
 
     if TYPE_CHECKING:  # what timm's blocks bring; TorchScript would read plain annotations
         downsample: nn.Module | None
@@ -275,6 +276,7 @@ class StochasticBasicBlock(ResidualBlock, BasicBlock):
     """Two 3x3 convolutions (ResNet-18 and -34, and the paper's CIFAR nets)."""
 
     last_norm = 'bn2'
+    plain_class = BasicBlock
 
     def branch(self, x: Tensor) -> Tensor:
         x = self.act1(self.drop_block(self.bn1(self.conv1(x))))
@@ -292,6 +294,7 @@ class StochasticBottleneck(ResidualBlock, Bottleneck):
     """A 1x1, a 3x3 and a 1x1 convolution (ResNet-50 and deeper)."""
 
     last_norm = 'bn3'
+    plain_class = Bottleneck
 
     def branch(self, x: Tensor) -> Tensor:
         x = self.act1(self.bn1(self.conv1(x)))

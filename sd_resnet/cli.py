@@ -1,0 +1,137 @@
+"""The command `sd-resnet`: argument parsing only. Exit status 0 on success, 2 on wrong usage, 1 with a reason."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv`, without the program's name; None is the process's own."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print('sd-resnet: interrupted', file=sys.stderr)
+        return 1
+    except Exception as error:
+        if args.debug:
+            raise
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        print(f'sd-resnet {args.command}: {reason}', file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='sd-resnet', description='ResNets with stochastic depth for timm: try, look at, measure and export them.'
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+
+    def command(name: str, summary: str, example: str, run: object) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            parents=[common],
+            help=summary,
+            description=summary[0].upper() + summary[1:] + '.',
+            epilog=f'example: sd-resnet {example}',
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command(
+        'quickstart',
+        'train on digits, publish to a folder, load it back',
+        'quickstart --out quickstart --compare',
+        _quickstart,
+    )
+    sub.add_argument('--out', type=Path, default=Path('quickstart'), metavar='DIR', help='new folder (%(default)s)')
+    sub.add_argument('--epochs', type=_positive, default=None, metavar='N', help='passes over the training images')
+    sub.add_argument('--seed', type=int, default=0, metavar='N', help='of all random numbers (%(default)s)')
+    sub.add_argument('--resume', action='store_true', help='go on where an interrupted run stopped')
+    sub.add_argument('--compare', action='store_true', help='train the constant-depth network beside it')
+
+    for name, summary, example, run in (
+        ('info', 'table of the blocks: survival probability, parameters, FLOPs', 'info sd_resnet50', _info),
+        ('plot', 'draw survival probability and FLOPs of the blocks', 'plot sd_resnet50 --out sd_resnet50.png', _plot),
+    ):
+        sub = command(name, summary, example, run)
+        sub.add_argument('model', metavar='MODEL', help='for example sd_resnet50 or sd_resnet110_cifar')
+        sub.add_argument('--drop-path', type=float, metavar='RATE', help='1 - p_L, in [0, 1) (the model\'s: 0.5)')
+        sub.add_argument(
+            '--schedule', type=_schedule, metavar='NAME|LIST', help='linear, uniform, timm, or 1,0.5 or [p_1, ..., p_L]'
+        )
+        sub.add_argument('--img-size', type=_positive, metavar='PX', help="height and width (the model's)")
+        if name == 'plot':
+            sub.add_argument('--out', type=Path, metavar='FILE', help='picture to write (MODEL.png)')
+
+    sub = command(
+        'export',
+        'write a checkpoint as a plain timm ResNet, survival probabilities folded into the weights',
+        'export output/train/RUN/model_best.pth.tar --out resnet50.safetensors',
+        _export,
+    )
+    sub.add_argument('checkpoint', type=Path, metavar='CHECKPOINT', help="of timm's train.py, or safetensors")
+    sub.add_argument('--out', type=Path, required=True, metavar='FILE', help='safetensors file to write')
+    sub.add_argument('--model', metavar='NAME', help='architecture, where the checkpoint does not tell')
+    sub.add_argument('--no-ema', action='store_true', help='take the raw weights where averaged ones are there too')
+    return parser
+
+
+def _quickstart(args: argparse.Namespace) -> None:
+    from . import quickstart
+
+    options = {} if args.epochs is None else {'epochs': args.epochs}
+    quickstart.run(args.out, seed=args.seed, resume=args.resume, compare=args.compare, **options)
+
+
+def _info(args: argparse.Namespace) -> None:
+    from .costs import cost_table, network_cost
+
+    print(cost_table(network_cost(args.model, args.img_size, args.drop_path, args.schedule)))
+
+
+def _plot(args: argparse.Namespace) -> None:
+    from .costs import network_cost
+    from .plots import plot_costs
+
+    cost = network_cost(args.model, args.img_size, args.drop_path, args.schedule)
+    out = args.out or Path(f'{args.model}.png')
+    plot_costs(cost, out)
+    print(f'wrote {out}')
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .checkpoints import NO_PLAIN_CIFAR, export
+
+    architecture = export(args.checkpoint, args.out, args.model, use_ema=not args.no_ema)
+    if architecture.startswith('sd_'):
+        print(f'note: {NO_PLAIN_CIFAR}')
+        rate = ', drop_path_rate=0'
+    else:
+        rate = ''
+    print(f'wrote {args.out}; load it with timm.create_model({architecture!r}{rate}, checkpoint_path={str(args.out)!r})')
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'must be a whole number of at least 1, got {text!r}')
+    return int(text)
+
+
+def _schedule(text: str) -> str | list[float]:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return list(value) if isinstance(value, (list, tuple)) else text
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""Parameters and floating-point operations of a network's blocks, and what stochastic depth leaves of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from .resnet_base import StochasticDepthNet
+from .schedules import Schedule
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One residual block, for one image and one forward pass; a multiplication and its addition are two FLOPs.
+
+    Attributes:
+        name: As in the state dict, e.g. `layer1.0`.
+        survival_prob: p_l.
+        parameters: Number of trainable values, shortcut included.
+        branch_flops: What a dropped block saves.
+        shortcut_flops: What is always computed: the projection, if there is one.
+    """
+
+    name: str
+    survival_prob: float
+    parameters: int
+    branch_flops: int
+    shortcut_flops: int
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """A network's blocks, and the FLOPs and parameters of its stem and head."""
+
+    architecture: str
+    image_size: int
+    blocks: tuple[BlockCost, ...]
+    other_flops: int
+    other_parameters: int
+
+    @property
+    def flops(self) -> int:
+        """One forward pass with every block active."""
+        return self.other_flops + sum(b.branch_flops + b.shortcut_flops for b in self.blocks)
+
+    @property
+    def parameters(self) -> int:
+        """Trainable values."""
+        return self.other_parameters + sum(b.parameters for b in self.blocks)
+
+    @property
+    def expected_depth(self) -> float:
+        """Mean number of active blocks, the sum of p_l."""
+        return sum(b.survival_prob for b in self.blocks)
+
+    @property
+    def expected_share(self) -> float:
+        """Share of the FLOPs that a training step computes on average: the bound of what can be saved."""
+        dropped = sum((1 - b.survival_prob) * b.branch_flops for b in self.blocks)
+        return 1 - dropped / self.flops
+
+
+def network_cost(
+    architecture: str,
+    image_size: int | None = None,
+    drop_path_rate: float | None = None,
+    schedule: Schedule | None = None,
+) -> NetworkCost:
+    """Count a network's parameters and FLOPs, without computing anything.
+
+    Args:
+        architecture: A model of this package.
+        image_size: Height and width in pixels; None is the architecture's own.
+        drop_path_rate: 1 - p_L; None is the model's default.
+        schedule: See `survival_probs`; None is the model's default.
+
+    Raises:
+        ValueError: An argument is outside what is allowed.
+    """
+    names = [name for module in ('resnet_cifar', 'resnet_imagenet') for name in timm.list_models(module=module)]
+    if architecture.split('.')[0] not in names:
+        raise ValueError(f'model must be one of {", ".join(names)}, got {architecture!r}')
+    with torch.device('meta'):
+        model = timm.create_model(architecture, drop_path_rate=drop_path_rate, drop_path_schedule=schedule).eval()
+        channels, default_size, _ = model.default_cfg['input_size']
+        size = image_size or default_size
+        if size < 1:
+            raise ValueError(f'image size must be at least 1 pixel, got {size}')
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.empty(1, channels, size, size))
+    return _collect(architecture, size, model, counter)
+
+
+def _collect(architecture: str, size: int, model: StochasticDepthNet, counter: FlopCounterMode) -> NetworkCost:
+    root = type(model).__name__
+    flops = {name.removeprefix(f'{root}.'): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    blocks = []
+    for stage in model.stage_names:
+        for index, block in enumerate(getattr(model, stage)):
+            name = f'{stage}.{index}'
+            shortcut = flops.get(f'{name}.downsample', 0)
+            parameters = sum(p.numel() for p in block.parameters())
+            blocks.append(
+                BlockCost(name, block.drop_path.survival_prob, parameters, flops[name] - shortcut, shortcut)
+            )
+    return NetworkCost(
+        architecture,
+        size,
+        tuple(blocks),
+        counter.get_total_flops() - sum(b.branch_flops + b.shortcut_flops for b in blocks),
+        sum(p.numel() for p in model.parameters()) - sum(b.parameters for b in blocks),
+    )
+
+
+def cost_table(cost: NetworkCost) -> str:
+    """The table that `sd-resnet info` prints."""
+    lines = [
+        f'{cost.architecture}, {cost.image_size} x {cost.image_size} px, one image, one forward pass',
+        '',
+        f'{"block":<12}{"p_l":>8}{"parameters":>14}{"branch MFLOPs":>16}{"shortcut MFLOPs":>18}',
+    ]
+    for block in cost.blocks:
+        lines.append(
+            f'{block.name:<12}{block.survival_prob:>8.4f}{block.parameters:>14,}'
+            f'{block.branch_flops / 1e6:>16,.1f}{block.shortcut_flops / 1e6:>18,.1f}'
+        )
+    lines += [
+        f'{"stem, head":<12}{"":>8}{cost.other_parameters:>14,}{"":>16}{cost.other_flops / 1e6:>18,.1f}',
+        f'{"all":<12}{"":>8}{cost.parameters:>14,}{cost.flops / 1e6:>34,.1f}',
+        '',
+        f'blocks                    {len(cost.blocks)}',
+        f'expected depth            {cost.expected_depth:.2f} blocks',
+        f'expected share of FLOPs   {cost.expected_share:.3f}',
+    ]
+    return '\n'.join(lines)

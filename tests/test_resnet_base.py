@@ -1,0 +1,248 @@
+"""The model draws once per forward pass, wherever the pass comes in, and checkpointing replays the same decisions."""
+
+import copy
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import timm
+import torch
+
+from sd_resnet import survival_probs
+
+from .conftest import count_calls, images, make
+
+MODES = ['batch', 'row', 'subset']
+ENTRIES = {
+    'forward': lambda model, x: model(x),
+    'forward_features': lambda model, x: model.forward_features(x),
+    'forward_intermediates': lambda model, x: model.forward_intermediates(x)[0],
+    'intermediates_only': lambda model, x: model.forward_intermediates(x, intermediates_only=True)[-1],
+}
+
+
+def _gradients(model, entry, x, forwards=1):
+    torch.manual_seed(7)
+    model.zero_grad()
+    outs = [entry(model, x) for _ in range(forwards)]
+    sum((out * (i + 1)).sum() for i, out in enumerate(outs)).backward()
+    return outs, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize('forwards', [1, 2])
+@pytest.mark.parametrize('entry', ENTRIES)
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name', ['sd_resnet18', 'sd_resnet20_cifar'])
+def test_checkpointing_gives_the_same_gradients(name, mode, entry, forwards):
+    model = make(name, train=True, drop_path_mode=mode, dtype=torch.float64, drop_path_rate=0.7)
+    checkpointed = copy.deepcopy(model)
+    checkpointed.set_grad_checkpointing()
+    x = images(dtype=torch.float64)
+    outs, gradients = _gradients(model, ENTRIES[entry], x, forwards)
+    outs_again, gradients_again = _gradients(checkpointed, ENTRIES[entry], x, forwards)
+    assert all(torch.equal(a, b) for a, b in zip(outs, outs_again))
+    assert gradients.keys() == gradients_again.keys()
+    for key in gradients:
+        torch.testing.assert_close(gradients[key], gradients_again[key], rtol=1e-9, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name', ['sd_resnet18', 'sd_resnet20_cifar'])
+def test_features_only_models_skip_alike_with_and_without_checkpointing(name, mode):
+    options = dict(train=True, drop_path_mode=mode, drop_path_rate=0.7, dtype=torch.float64, features_only=True)
+    last = lambda model, x: model(x)[-1]  # noqa: E731
+    wrapped = make(name, **options, num_classes=None)
+    plain = make(name, train=True, drop_path_mode=mode, drop_path_rate=0.7, dtype=torch.float64)
+    plain.load_state_dict({k.removeprefix('model.'): v for k, v in wrapped.state_dict().items()}, strict=False)
+    checkpointed = copy.deepcopy(wrapped)
+    checkpointed.model.set_grad_checkpointing()
+    x = images(dtype=torch.float64)
+    outs, gradients = _gradients(wrapped, last, x)
+    outs_again, gradients_again = _gradients(checkpointed, last, x)
+    outs_plain, gradients_plain = _gradients(plain, ENTRIES['forward_features'], x)
+    assert torch.equal(outs[0], outs_again[0])
+    assert torch.equal(outs[0], outs_plain[0])
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, gradients_again[key], rtol=1e-9, atol=1e-12, msg=key)
+        assert torch.equal(gradient, gradients_plain[key.removeprefix('model.')]), key
+
+
+@pytest.mark.parametrize('entry', ENTRIES)
+@pytest.mark.parametrize('mode', MODES)
+def test_every_entry_draws_once_and_skips_alike(mode, entry):
+    model = make('sd_resnet18', train=True, drop_path_mode=mode)
+    draws = []
+    draw = model.draw
+    model.draw = lambda x: draws.append(1) or draw(x)
+    forward, _ = count_calls(list(model.blocks()))
+    torch.manual_seed(5)
+    ENTRIES[entry](model, images())
+    assert len(draws) == 1
+    reference = make('sd_resnet18', train=True, drop_path_mode=mode)
+    expected, _ = count_calls(list(reference.blocks()))
+    torch.manual_seed(5)
+    reference(images())
+    assert forward == expected
+
+
+def test_pruned_models_draw_for_the_blocks_that_are_left():
+    for name, left in (('sd_resnet18', 4), ('sd_resnet20_cifar', 6)):
+        model = make(name, train=True)
+        model.prune_intermediate_layers([0, 2])
+        assert len(model.survival_probs) == left
+        x, features = model.forward_intermediates(images(), indices=[0, 2])
+        assert len(features) == 2
+        assert torch.equal(features[-1], x)
+
+
+def test_stop_early_runs_no_later_stage():
+    model = make('sd_resnet18', train=True)
+    forward, _ = count_calls(list(model.blocks()))
+    features = model.forward_intermediates(images(), indices=[1, 2], stop_early=True, intermediates_only=True)
+    assert [f.shape[1] for f in features] == [64, 128]
+    assert forward[4:] == [[]] * 4
+    with pytest.raises(ValueError, match="output_fmt must be 'NCHW', got 'NLC'"):
+        model.forward_intermediates(images(), output_fmt='NLC')
+
+
+def test_hooks_on_stages_fire_and_stages_work_alone():
+    """GradCAM and timm's FeatureHookNet hang on `layer4`."""
+    for feature_cls in ('hook', 'list', 'fx'):
+        model = timm.create_model('sd_resnet18', features_only=True, feature_cls=feature_cls).train()
+        assert [f.shape[1] for f in model(images())] == [64, 64, 128, 256, 512]
+
+
+def test_nothing_is_drawn_where_nothing_drops():
+    for model in (make('sd_resnet18'), make('sd_resnet18', train=True, drop_path_rate=0)):
+        state = torch.get_rng_state()
+        model(images_without_rng())
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def images_without_rng():
+    return torch.linspace(-1, 1, 4 * 3 * 32 * 32).view(4, 3, 32, 32)
+
+
+def test_a_stage_in_training_inside_a_frozen_model_drops():
+    model = make('sd_resnet18', drop_path_rate=0.9)
+    model.layer4.train()
+    forward, _ = count_calls(list(model.blocks()))
+    for _ in range(10):
+        model(images())
+    assert [len(calls) for calls in forward[:6]] == [10] * 6
+    assert sum(len(calls) for calls in forward[6:]) < 20
+
+
+@pytest.mark.parametrize('name', ['sd_resnet18', 'sd_resnet20_cifar'])
+@torch.no_grad()
+def test_set_drop_path_keeps_the_test_time_function(name):
+    model, x = make(name, dtype=torch.float64), images(dtype=torch.float64)
+    expected = model(x)
+    depth = len(model.survival_probs)
+    for kwargs, probs in (
+        (dict(rate=0.2), survival_probs(depth, 0.2)),
+        (dict(schedule='uniform'), survival_probs(depth, 0.2, 'uniform')),
+        (dict(rescale='train'), survival_probs(depth, 0.2, 'uniform')),
+        (dict(schedule=[0.9, 0.3]), survival_probs(depth, schedule=[0.9, 0.3])),
+        (dict(rescale='test', mode='row'), survival_probs(depth, schedule=[0.9, 0.3])),
+        (dict(rate=0), (1.0,) * depth),
+        (dict(rate=0.5, schedule='linear'), survival_probs(depth)),
+    ):
+        model.set_drop_path(**kwargs)
+        assert model.survival_probs == probs
+        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    assert model.drop_path_mode == 'row'
+
+
+def test_a_refused_set_drop_path_changes_nothing():
+    model = make('sd_resnet18')
+    before = copy.deepcopy(model.state_dict())
+    for kwargs, message in (
+        (dict(rate=1), 'drop_path_rate must be in'),
+        (dict(schedule='x'), 'drop_path_schedule must be one of'),
+        (dict(mode='x'), 'drop_path_mode must be one of'),
+        (dict(rescale='x'), 'drop_path_rescale must be one of'),
+        (dict(rate=0.3, schedule=[1, 0.5]), 'drop_path_rate must be None or 0'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.set_drop_path(**kwargs)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.survival_probs == survival_probs(8)
+
+
+@pytest.mark.parametrize('name', ['sd_resnet18', 'sd_resnet20_cifar'])
+def test_options_reach_every_entrypoint(name):
+    model = make(
+        name, drop_path_rate=0.3, drop_path_schedule='uniform', drop_path_mode='subset', drop_path_rescale='train',
+        drop_path_sync=False,
+    )  # fmt: skip
+    assert set(model.survival_probs) == {0.7}
+    assert {b.drop_path.mode for b in model.blocks()} == {'subset'}
+    assert {b.drop_path.rescale for b in model.blocks()} == {'train'}
+    assert model.drop_path_sync is False
+    with pytest.raises(ValueError, match='drop_path_mode must be one of'):
+        make(name, drop_path_mode='column')
+
+
+def test_the_same_seed_gives_the_same_gradients():
+    for mode in MODES:
+        model = make('sd_resnet18', train=True, drop_path_mode=mode)
+        (a,), grads_a = _gradients(model, ENTRIES['forward'], images_without_rng())
+        (b,), grads_b = _gradients(copy.deepcopy(model), ENTRIES['forward'], images_without_rng())
+        assert torch.equal(a, b)
+        assert all(torch.equal(grads_a[k], grads_b[k]) for k in grads_a)
+
+
+def test_ranks_drop_the_same_blocks_under_ddp(tmp_path):
+    """The slowest rank sets the pace, and SyncBatchNorm would wait for ever, if ranks disagreed."""
+    script = tmp_path / 'ranks.py'
+    script.write_text(
+        textwrap.dedent("""
+        import sys
+        import timm, torch, torch.distributed as dist
+        from torch.nn.parallel import DistributedDataParallel
+        dist.init_process_group('gloo', init_method=f'file://{sys.argv[1]}', rank=int(sys.argv[2]), world_size=2)
+        sync = sys.argv[3] == 'sync'
+        torch.manual_seed(0)
+        model = timm.create_model('sd_resnet20_cifar', drop_path_sync=sync, drop_path_rate=0.8)
+        torch.manual_seed(dist.get_rank() + 1)
+        decisions, draw = [], model.draw
+        model.draw = lambda x: decisions.append(draw(x)) or list(decisions[-1])
+        ddp = DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+        for _ in range(4):
+            optimizer.zero_grad()
+            ddp(torch.randn(4, 3, 16, 16)).square().mean().backward()
+            optimizer.step()
+        both = [None, None]
+        dist.all_gather_object(both, (decisions, [p.detach() for p in model.parameters()]))
+        assert all(torch.equal(a, b) for a, b in zip(both[0][1], both[1][1]))
+        assert (both[0][0] == both[1][0]) == sync, both
+        bn = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if not sync:
+            try:
+                bn.draw(torch.zeros(2, 3, 16, 16))
+            except RuntimeError as error:
+                assert 'SyncBatchNorm needs decisions that all ranks share' in str(error)
+            else:
+                raise AssertionError('not refused')
+        try:
+            bn.layer2(torch.zeros(2, 16, 8, 8))
+        except RuntimeError as error:
+            assert 'SyncBatchNorm' in str(error)
+        else:
+            raise AssertionError('a stage alone was not refused')
+        print('done')
+        """)
+    )
+    for sync in ('sync', 'own'):
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, script, tmp_path / f'store-{sync}', str(rank), sync],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+        assert all('done' in output for output in outputs), '\n'.join(outputs)
