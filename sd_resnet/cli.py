@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import __version__
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`, without the program's name; None is the process's own."""
@@ -30,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='sd-resnet', description='ResNets with stochastic depth for timm: try, look at, measure and export them.'
     )
+    parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument('--debug', action='store_true', help='show the traceback of an error')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
@@ -38,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
             parents=[common],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             help=summary,
             description=summary[0].upper() + summary[1:] + '.',
             epilog=f'example: sd-resnet {example}',
@@ -70,6 +74,26 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument('--img-size', type=_positive, metavar='PX', help="height and width (the model's)")
         if name == 'plot':
             sub.add_argument('--out', type=Path, metavar='FILE', help='picture to write (MODEL.png)')
+
+    sub = command(
+        'bench',
+        'measure training steps of this package beside constant depth and other drop paths',
+        'bench --model sd_resnet50 --batch 16 --size 128 --steps 60',
+        _bench,
+    )
+    sub.add_argument('--model', default='sd_resnet50', metavar='NAME', help='architecture (%(default)s)')
+    sub.add_argument('--batch', type=_positive, default=16, metavar='N', help='images of a step (%(default)s)')
+    sub.add_argument('--size', type=_positive, metavar='PX', help="height and width (the model's)")
+    sub.add_argument('--drop-path', type=float, default=0.5, metavar='RATE', help='1 - p_L (%(default)s)')
+    sub.add_argument('--steps', type=_positive, default=60, metavar='N', help='of each contestant (%(default)s)')
+    sub.add_argument('--precision', default='float32', choices=('float32', 'bfloat16', 'float16'))
+    sub.add_argument('--channels-last', action='store_true', help='memory format of images and weights')
+    sub.add_argument('--compile', action='store_true', help='run every contestant through torch.compile')
+    sub.add_argument('--device', default='cpu', help='for example cuda (%(default)s)')
+    sub.add_argument('--modes', nargs='+', default=('batch', 'row', 'subset'), choices=('batch', 'row', 'subset'))
+    sub.add_argument('--others', nargs='+', default=(), metavar='NAME', help='further timm models to measure')
+    sub.add_argument('--json', type=Path, metavar='FILE', help="write every step's time")
+    sub.add_argument('--plot', type=Path, metavar='FILE', help='draw a bar chart')
 
     sub = command(
         'export',
@@ -105,6 +129,32 @@ def _plot(args: argparse.Namespace) -> None:
     out = args.out or Path(f'{args.model}.png')
     plot_costs(cost, out)
     print(f'wrote {out}')
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from . import bench
+
+    settings = bench.Settings(
+        model=args.model,
+        batch=args.batch,
+        size=args.size,
+        rate=args.drop_path,
+        steps=args.steps,
+        precision=args.precision,
+        channels_last=args.channels_last,
+        compile=args.compile,
+        device=args.device,
+        others=tuple(args.others),
+        modes=tuple(args.modes),
+    )
+    rows = bench.run(settings)
+    print(bench.table(settings, rows))
+    if args.json:
+        bench.save_record(settings, rows, args.json)
+    if args.plot:
+        from .plots import plot_bench
+
+        plot_bench(settings, rows, args.plot)
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -1,0 +1,266 @@
+"""Step times, ratios and memory of stochastic depth beside what else timm's users have, measured side by side.
+
+The contestants take turns, step by step in one process, so that a noisy machine hits them alike.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
+from tqdm import tqdm
+
+from .costs import network_cost
+from .resnet_base import StochasticDepthNet
+from .stochastic_depth import MODES
+
+CONSTANT = 'constant depth'
+TIMM = "timm's drop_path_rate"
+TORCHVISION = "torchvision's stochastic_depth"
+WARMUP = 3  # steps that are not counted
+
+
+@dataclass
+class Settings:
+    """What is measured; also the record's first part.
+
+    Attributes:
+        model: Architecture of this package.
+        batch: Images of a step.
+        size: Their height and width in pixels; None is the architecture's own.
+        rate: 1 - p_L.
+        steps: Counted steps of each contestant.
+        precision: `'float32'`, or `'bfloat16'` or `'float16'` for autocast.
+        channels_last: Memory format of images and weights.
+        compile: Run every contestant through `torch.compile`.
+        device: Where to run.
+        others: Further timm models to measure.
+        modes: Modes of this package to measure.
+        seed: Of weights, images and decisions.
+    """
+
+    model: str = 'sd_resnet50'
+    batch: int = 16
+    size: int | None = 128
+    rate: float = 0.5
+    steps: int = 60
+    precision: str = 'float32'
+    channels_last: bool = False
+    compile: bool = False
+    device: str = 'cpu'
+    others: tuple[str, ...] = ()
+    modes: tuple[str, ...] = MODES
+    seed: int = 0
+
+
+@dataclass
+class Row:
+    """One contestant.
+
+    Attributes:
+        name: Contestant.
+        seconds: Time of each counted step: forward, backward, SGD with momentum.
+        saved_bytes: Mean of the distinct bytes kept for backward, parameters and buffers excluded.
+        bound: Share of the constant-depth net's FLOPs that is left on average, if it drops work.
+        observed: Share of FLOPs that the counted steps really ran; it differs from `bound` by the luck of the draw.
+    """
+
+    name: str
+    seconds: list[float] = field(default_factory=list)
+    saved_bytes: float = 0.0
+    bound: float | None = None
+    observed: float | None = None
+
+
+def run(settings: Settings, progress: bool = True) -> list[Row]:
+    """Measure all contestants.
+
+    Raises:
+        ValueError: An argument is outside what is allowed.
+    """
+    if settings.precision not in ('float32', 'bfloat16', 'float16'):
+        raise ValueError(f"precision must be 'float32', 'bfloat16' or 'float16', got {settings.precision!r}")
+    torch.manual_seed(settings.seed)
+    cost = network_cost(settings.model, settings.size, settings.rate)
+    contestants = _contestants(settings)
+    channels = next(iter(contestants.values())).default_cfg['input_size'][0]
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    images = torch.randn(settings.batch, channels, cost.image_size, cost.image_size, device=settings.device)
+    images = images.to(memory_format=layout)
+    labels = torch.randint(10, (settings.batch,), device=settings.device)
+
+    rows, steps, shares = {}, {}, {}
+    for name, model in contestants.items():
+        model.to(settings.device, memory_format=layout).train()
+        rows[name] = Row(name)
+        if isinstance(model, StochasticDepthNet) and name != CONSTANT:
+            rows[name].bound = cost.expected_share if model.drop_path_mode != 'row' else 1.0
+            shares[name] = _record_shares(model, settings.batch, cost)
+        steps[name] = _step(model, images, labels, settings)
+
+    rounds = settings.steps + WARMUP
+    with tqdm(total=rounds * len(rows), disable=not progress, desc='steps', unit='step') as bar:
+        for index in range(rounds):
+            for name, step in steps.items():
+                seconds = _timed(step, settings.device)
+                if index >= WARMUP:
+                    rows[name].seconds.append(seconds)
+                bar.update()
+    for name, recorded in shares.items():
+        rows[name].observed = statistics.fmean(recorded[-settings.steps :])
+    for name, step in steps.items():
+        repeats = 20 if rows[name].bound not in (None, 1.0) else 2
+        rows[name].saved_bytes = statistics.fmean(_saved_bytes(step, contestants[name]) for _ in range(repeats))
+    return list(rows.values())
+
+
+def _contestants(settings: Settings) -> dict[str, Any]:
+    def create(name: str, **kwargs: Any) -> Any:
+        torch.manual_seed(settings.seed)
+        return timm.create_model(name, num_classes=10, **kwargs)
+
+    contestants = {}
+    plain = settings.model.removeprefix('sd_')
+    if timm.is_model(plain):
+        contestants[CONSTANT] = create(plain)
+        contestants[TIMM] = create(plain, drop_path_rate=settings.rate)
+        contestants[TORCHVISION] = create(plain, drop_path_rate=settings.rate)
+        for module in contestants[TORCHVISION].modules():
+            if isinstance(getattr(module, 'drop_path', None), DropPath):
+                module.drop_path = TorchvisionStochasticDepth(module.drop_path.drop_prob, 'row')
+    else:  # timm has no such net
+        contestants[CONSTANT] = create(settings.model, drop_path_rate=0)
+    for mode in settings.modes:
+        contestants[f'{settings.model}, {mode}'] = create(
+            settings.model, drop_path_rate=settings.rate, drop_path_mode=mode
+        )
+    for name in settings.others:
+        contestants[name] = create(name)
+    return contestants
+
+
+def _step(model: nn.Module, images: Tensor, labels: Tensor, settings: Settings) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    forward: Any = torch.compile(model) if settings.compile else model
+    device, low = torch.device(settings.device).type, settings.precision != 'float32'
+    dtype = getattr(torch, settings.precision)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device, dtype=dtype if low else None, enabled=low):
+            loss = nn.functional.cross_entropy(forward(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _timed(step: Callable[[], None], device: str) -> float:
+    cuda = torch.device(device).type == 'cuda'
+    if cuda:
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if cuda:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _record_shares(model: StochasticDepthNet, batch: int, cost: Any) -> list[float]:
+    """A list that grows by the share of FLOPs that each step runs."""
+    shares: list[float] = []
+    draw, blocks = model.draw, list(model.blocks())
+
+    def drawn(x: Tensor) -> Any:
+        decisions = draw(x)
+        saved = 0.0
+        if decisions is not None and model.drop_path_mode != 'row':
+            for block, decision, flops in zip(blocks, decisions, cost.blocks):
+                ran = float(decision) if model.drop_path_mode == 'batch' else block.drop_path.rows(batch) / batch
+                saved += (1 - ran) * flops.branch_flops
+        shares.append(1 - saved / cost.flops)
+        return decisions
+
+    model.draw = drawn  # type: ignore[method-assign]
+    return shares
+
+
+def _saved_bytes(step: Callable[[], None], model: nn.Module) -> int:
+    """Distinct bytes that one step keeps for backward."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
+
+
+def table(settings: Settings, rows: Sequence[Row]) -> str:
+    """The table that `sd-resnet bench` prints: times in milliseconds, ratios of means, spread as quartiles' distance."""
+    names = {row.name: row for row in rows}
+    constant, drop_path = names[CONSTANT], names.get(TIMM)
+    lines = [
+        f'{settings.model}, batch {settings.batch}, {settings.size or "default"} px, drop path {settings.rate}, '
+        f'{settings.precision}{", channels_last" if settings.channels_last else ""}'
+        f'{", compiled" if settings.compile else ""}, {settings.steps} steps',
+        f'{environment()}',
+        '',
+        f'{"":<34}{"mean ms":>9}{"median":>9}{"spread":>9}{"ratio":>8}{"median":>8}{"no luck":>9}'
+        f'{"FLOPs":>8}{"to timm":>9}{"saved":>8}',
+    ]
+    for row in rows:
+        quartiles = statistics.quantiles(row.seconds, n=4)
+        ratio = _ratio(row, constant, statistics.fmean)
+        luck = None if row.bound is None or row.observed is None else ratio - (row.observed - row.bound)
+        lines.append(
+            f'{row.name:<34}{statistics.fmean(row.seconds) * 1e3:>9.1f}{statistics.median(row.seconds) * 1e3:>9.1f}'
+            f'{(quartiles[2] - quartiles[0]) * 1e3:>9.1f}{ratio:>8.3f}'
+            f'{_ratio(row, constant, statistics.median):>8.3f}{_text(luck, 9)}{_text(row.bound, 8)}'
+            f'{_text(None if drop_path is None else _ratio(row, drop_path, statistics.fmean), 9)}'
+            f'{row.saved_bytes / constant.saved_bytes:>8.3f}'
+        )
+    lines += [
+        '',
+        'ratio, median: of step times to constant depth; no luck: the ratio, less what the draw left out or added;',
+        "FLOPs: share of FLOPs left on average, the bound; to timm: ratio to timm's drop_path_rate;",
+        'saved: bytes kept for backward, as a share of constant depth',
+    ]
+    return '\n'.join(lines)
+
+
+def _ratio(row: Row, other: Row, mean: Callable[[list[float]], float]) -> float:
+    return mean(row.seconds) / mean(other.seconds)
+
+
+def _text(value: float | None, width: int) -> str:
+    return f'{"-" if value is None else format(value, ".3f"):>{width}}'
+
+
+def environment() -> str:
+    """Versions and processor, for the record."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return (
+        f'torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}, {device}, '
+        f'{torch.get_num_threads()} threads'
+    )
+
+
+def save_record(settings: Settings, rows: Sequence[Row], path: Path) -> None:
+    """Every step's time as JSON."""
+    record = {'environment': environment(), 'settings': asdict(settings), 'rows': [asdict(row) for row in rows]}
+    path.write_text(json.dumps(record, indent=1) + '\n')

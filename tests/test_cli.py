@@ -1,0 +1,78 @@
+"""What a user at a terminal sees: help with an example, one line for an error, the right exit status."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sd_resnet import cli
+
+from .conftest import make
+
+COMMANDS = ['quickstart', 'info', 'plot', 'export']
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_has_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, '--help'])
+    assert stop.value.code == 0
+    example = capsys.readouterr().out.strip().splitlines()[-1]
+    assert example.startswith(f'example: sd-resnet {command} ')
+    cli._parser().parse_args(example.split()[2:])
+
+
+@pytest.mark.parametrize(
+    'argv', [[], ['nothing'], ['info'], ['info', 'sd_resnet18', '--img-size', '0'], ['export', 'x']]
+)
+def test_wrong_usage_exits_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert 'Traceback' not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('argv', 'reason'),
+    [
+        (['info', 'resnet50'], 'model must be one of'),
+        (['info', 'sd_resnet18', '--drop-path', '1'], 'drop_path_rate must be in [0, 1), got 1.0'),
+        (['info', 'sd_resnet18', '--schedule', '1,0.5,0.2'], 'drop_path_schedule must be one of'),
+        (['info', 'sd_resnet18', '--schedule', 'cosine'], "got 'cosine'"),
+        (['export', 'none.pth', '--out', 'x'], 'none.pth is not a file'),
+    ],
+)
+def test_an_error_is_one_line_with_the_reason_and_exit_1(argv, reason, capsys):
+    assert cli.main(argv) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ''
+    assert reason in captured.err
+    assert captured.err.count('\n') == 1
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match='model must be one of'):
+        cli.main(['info', 'resnet50', '--debug'])
+
+
+def test_info_prints_the_table(capsys):
+    assert cli.main(['info', 'sd_resnet20_cifar', '--schedule', '1,0.5', '--img-size', '28']) == 0
+    assert 'sd_resnet20_cifar, 28 x 28 px' in capsys.readouterr().out
+
+
+def test_plot_writes_a_picture(tmp_path, capsys):
+    pytest.importorskip('matplotlib')
+    assert cli.main(['plot', 'sd_resnet50', '--out', str(tmp_path / 'picture.png')]) == 0
+    assert (tmp_path / 'picture.png').read_bytes().startswith(b'\x89PNG')
+    assert 'picture.png' in capsys.readouterr().out
+
+
+def test_export_says_how_to_load(tmp_path, capsys):
+    torch.save(make('sd_resnet20_cifar').state_dict(), tmp_path / 'in.pth')
+    assert cli.main(['export', str(tmp_path / 'in.pth'), '--out', str(tmp_path / 'out.safetensors')]) == 0
+    note, line = capsys.readouterr().out.splitlines()
+    assert 'timm has no architecture for the CIFAR nets' in note
+    statement = line.partition('load it with ')[2]
+    code = f'import timm; {statement}'
+    assert subprocess.run([sys.executable, '-c', code], timeout=120, check=False).returncode == 0
