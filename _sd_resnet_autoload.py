@@ -72,5 +72,5 @@ def install():
             return
         if 'timm' not in sys.modules:
             sys.meta_path.insert(0, _Finder)
-    except Exception:  # noqa: S110 - Python must start
+    except Exception:
         pass

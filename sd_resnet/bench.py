@@ -187,7 +187,7 @@ def _record_shares(model: StochasticDepthNet, batch: int, cost: Any) -> list[flo
         saved = 0.0
         if decisions is not None and model.drop_path_mode != 'row':
             for block, decision, flops in zip(blocks, decisions, cost.blocks):
-                ran = float(decision) if model.drop_path_mode == 'batch' else block.drop_path.rows(batch) / batch
+                ran = float(bool(decision)) if model.drop_path_mode == 'batch' else block.drop_path.rows(batch) / batch
                 saved += (1 - ran) * flops.branch_flops
         shares.append(1 - saved / cost.flops)
         return decisions
@@ -211,7 +211,7 @@ def _saved_bytes(step: Callable[[], None], model: nn.Module) -> int:
 
 
 def table(settings: Settings, rows: Sequence[Row]) -> str:
-    """The table that `sd-resnet bench` prints: times in milliseconds, ratios of means, spread as quartiles' distance."""
+    """The table that `sd-resnet bench` prints: milliseconds, ratios of means, spread as quartiles' distance."""
     names = {row.name: row for row in rows}
     constant, drop_path = names[CONSTANT], names.get(TIMM)
     lines = [

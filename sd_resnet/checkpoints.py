@@ -24,7 +24,7 @@ from .resnet_blocks import Stage
 from .resnet_imagenet import StochasticResNet
 
 NO_PLAIN_CIFAR = (
-    "timm has no architecture for the CIFAR nets: folded, they are the same class at drop_path_rate=0, which needs "
+    'timm has no architecture for the CIFAR nets: folded, they are the same class at drop_path_rate=0, which needs '
     'the sd_resnet plugin'
 )
 
@@ -105,9 +105,9 @@ def to_resnet(model: nn.Module) -> nn.Module:
             f'model must be a model of sd_resnet, got {type(model).__name__}; unwrap DDP (`.module`), EMA (`.module`), '
             'torch.compile (`._orig_mod`) and features_only (`.model`) first'
         )
-    plain = copy.deepcopy(model)
+    plain: Any = copy.deepcopy(model)
     plain.set_drop_path(rate=0)
-    if not isinstance(plain, StochasticResNet):
+    if not isinstance(model, StochasticResNet):
         warnings.warn(NO_PLAIN_CIFAR, stacklevel=2)
         return plain
     # A change of class, not a new network: the copy keeps its device, type, classifier and norm layers.
@@ -117,7 +117,7 @@ def to_resnet(model: nn.Module) -> nn.Module:
         block.__class__ = block.plain_class
     for stage in plain.children():
         if isinstance(stage, Stage):
-            stage.__class__ = nn.Sequential
+            stage.__class__ = nn.Sequential  # type: ignore[assignment]
     for name in [name for name in plain.__dict__ if name.startswith('drop_path_') or name == '_shared_generator']:
         delattr(plain, name)
     plain.__class__ = ResNet
@@ -160,7 +160,7 @@ def export(path: str | Path, out: str | Path, architecture: str | None = None, u
             reason = ' '.join(str(error).split())[:200]
     else:
         if recorded is None:
-            raise ValueError(f'{path} fits none of this package\'s architectures ({", ".join(names)})')
+            raise ValueError(f"{path} fits none of this package's architectures ({', '.join(names)})")
         raise ValueError(f'{path} is not a checkpoint of {names[0]}: {reason}')
     save_tensors(model.state_dict(), out)
     return name.removeprefix('sd_') if isinstance(model, StochasticResNet) else name
@@ -195,8 +195,5 @@ def _build(name: str, state_dict: Mapping[str, Tensor], model_args: Mapping[str,
     stem = state_dict['conv1.weight' if 'conv1.weight' in state_dict else 'conv1.0.weight']
     classes = state_dict['fc.weight'].shape[0] if 'fc.weight' in state_dict else 0
     own = {key: value for key, value in model_args.items() if not key.startswith('drop_path')}
-    model = timm.create_model(
-        name, **{**own, 'in_chans': stem.shape[1], 'num_classes': classes, 'drop_path_rate': 0.0}
-    )
+    model = timm.create_model(name, **{**own, 'in_chans': stem.shape[1], 'num_classes': classes, 'drop_path_rate': 0.0})
     return model.to(stem.dtype)
-

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         sub = command(name, summary, example, run)
         sub.add_argument('model', metavar='MODEL', help='for example sd_resnet50 or sd_resnet110_cifar')
-        sub.add_argument('--drop-path', type=float, metavar='RATE', help='1 - p_L, in [0, 1) (the model\'s: 0.5)')
+        sub.add_argument('--drop-path', type=float, metavar='RATE', help="1 - p_L, in [0, 1) (the model's: 0.5)")
         sub.add_argument(
             '--schedule', type=_schedule, metavar='NAME|LIST', help='linear, uniform, timm, or 1,0.5 or [p_1, ..., p_L]'
         )
@@ -166,7 +166,9 @@ def _export(args: argparse.Namespace) -> None:
         rate = ', drop_path_rate=0'
     else:
         rate = ''
-    print(f'wrote {args.out}; load it with timm.create_model({architecture!r}{rate}, checkpoint_path={str(args.out)!r})')
+    print(
+        f'wrote {args.out}; load it with timm.create_model({architecture!r}{rate}, checkpoint_path={str(args.out)!r})'
+    )
 
 
 def _positive(text: str) -> int:

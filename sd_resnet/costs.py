@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -84,7 +85,7 @@ def network_cost(
     if architecture.split('.')[0] not in names:
         raise ValueError(f'model must be one of {", ".join(names)}, got {architecture!r}')
     with torch.device('meta'):
-        model = timm.create_model(architecture, drop_path_rate=drop_path_rate, drop_path_schedule=schedule).eval()
+        model: Any = timm.create_model(architecture, drop_path_rate=drop_path_rate, drop_path_schedule=schedule).eval()
         channels, default_size, _ = model.default_cfg['input_size']
         size = image_size or default_size
         if size < 1:
@@ -103,9 +104,7 @@ def _collect(architecture: str, size: int, model: StochasticDepthNet, counter: F
             name = f'{stage}.{index}'
             shortcut = flops.get(f'{name}.downsample', 0)
             parameters = sum(p.numel() for p in block.parameters())
-            blocks.append(
-                BlockCost(name, block.drop_path.survival_prob, parameters, flops[name] - shortcut, shortcut)
-            )
+            blocks.append(BlockCost(name, block.drop_path.survival_prob, parameters, flops[name] - shortcut, shortcut))
     return NetworkCost(
         architecture,
         size,

@@ -23,14 +23,18 @@ class StochasticDepthNet(nn.Module):
     Mixed into a network class, which calls `init_drop_path` once its blocks exist.
     """
 
-    __jit_unused_properties__ = ['survival_probs', 'expected_depth']
+    __jit_unused_properties__ = ('survival_probs', 'expected_depth')
 
     if TYPE_CHECKING:  # what the network class brings; TorchScript would read plain annotations
         stage_names: tuple[str, ...]
-        conv1: nn.Module
-        bn1: nn.Module
-        act1: nn.Module
-        maxpool: nn.Module
+        conv1: Any
+        bn1: Any
+        act1: Any
+        maxpool: Any
+        layer1: Any
+        layer2: Any
+        layer3: Any
+        layer4: Any
         grad_checkpointing: bool
 
     def init_drop_path(
@@ -42,10 +46,8 @@ class StochasticDepthNet(nn.Module):
         drop_path_sync: bool,
     ) -> None:
         self.drop_path_sync = drop_path_sync
-        self._shared_generator = None
-        self._set_drop_path(
-            drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_rescale, keep_function=False
-        )
+        self._shared_generator: torch.Generator | None = None
+        self._set_drop_path(drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_rescale, keep_function=False)
 
     def set_drop_path(
         self,

@@ -38,12 +38,15 @@ class ResidualBlock(nn.Module):
     """
 
     last_norm = ''  # name of the norm layer that ends the branch
-    plain_class = nn.Module  # timm's own block
+    plain_class: Any = nn.Module  # timm's own block
 
     if TYPE_CHECKING:  # what timm's blocks bring; TorchScript would read plain annotations
-        downsample: nn.Module | None
-        se: nn.Module | None
+        aa: Any
+        downsample: Any
+        drop_path: Any  # a StochasticDepth
+        se: Any
         stride: int
+        zero_init_last: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

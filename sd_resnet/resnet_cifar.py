@@ -107,6 +107,8 @@ class StochasticCifarResNet(StochasticDepthNet):
             self.feature_info.append(dict(num_chs=planes, reduction=reduction, module=name))
 
         self.num_features = self.head_hidden_size = inplanes
+        self.global_pool: Any
+        self.fc: Any
         self.global_pool, self.fc = create_classifier(inplanes, num_classes, pool_type=global_pool, **dd)
 
         for module in self.modules():

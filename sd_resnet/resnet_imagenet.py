@@ -10,9 +10,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.models import PretrainedCfg, generate_default_cfgs, get_arch_pretrained_cfgs, get_pretrained_cfg, register_model
+from timm.models import (
+    PretrainedCfg,
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    get_pretrained_cfg_value,
+    register_model,
+)
 from timm.models.resnet import ResNet
-from torch import Tensor, nn
+from torch import Tensor
 
 from .resnet_base import StochasticDepthNet, build
 from .resnet_blocks import Stage, StochasticBasicBlock, StochasticBottleneck
@@ -40,7 +46,7 @@ class StochasticResNet(StochasticDepthNet, ResNet):
 
     def __init__(
         self,
-        block: type[nn.Module],
+        block: Any,
         layers: tuple[int, ...],
         drop_path_rate: float | None = None,
         drop_path_schedule: Schedule = 'linear',
@@ -68,7 +74,7 @@ def _cfgs(variant: str) -> dict[str, PretrainedCfg]:
     cfgs = get_arch_pretrained_cfgs(variant)
     tags = [f'{variant}.{tag}' for tag in ('a1_in1k', 'a2_in1k') if f'{variant}.{tag}' in cfgs]
     if not tags:  # no weights trained with stochastic depth
-        plain = get_pretrained_cfg(variant, allow_unregistered=False)
+        plain = cfgs[f'{variant}.{get_pretrained_cfg_value(variant, "tag")}']
         return {f'sd_{variant}': replace(plain, url='', hf_hub_id=None, tag=None)}
     return {
         f'sd_{name}': replace(cfgs[name], url='', hf_hub_id=f'timm/{name}', hf_hub_filename='model.safetensors')

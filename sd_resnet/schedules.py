@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, Union
+from typing import Any
 
 DEFAULT_DROP_PATH_RATE = 0.5  # 1 - p_L; the paper recommends p_L = 0.5
 SCHEDULES = ('linear', 'uniform', 'timm')
 
-Schedule = Union[str, Sequence[float]]
+Schedule = str | Sequence[float]
 
 
 def survival_probs(
@@ -71,7 +71,7 @@ def survival_probs(
 
 
 def expected_depth(probs: Sequence[float]) -> float:
-    """Mean number of blocks that are active in a training step, E(L~) = sum of p_l (section 3, "Expected network depth").
+    """Mean number of active blocks in a training step, E(L~) = sum of p_l (section 3, "Expected network depth").
 
     Args:
         probs: Survival probabilities, as `survival_probs` gives them.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any, Optional, TypeVar, Union
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from timm.layers import DropPath
@@ -23,13 +23,18 @@ RESCALES = ('test', 'train')
 
 # What a block is told about one training step. Batch mode: is the block active? Row mode: the mask of the rows,
 # (N, 1, 1, 1). Subset mode: the first row of the window. None: the block draws for itself.
-Decision = Optional[Union[bool, int, Tensor]]
+Decision = bool | int | Tensor | None
 
 
 class _Scriptable(DropPath):
     """`StochasticDepth` as TorchScript sees it: `survival_prob` is the travelling scalar, not the Python number."""
 
-    __jit_unused_properties__ = ['drop_prob', 'test_scale']
+    __jit_unused_properties__ = ('drop_prob', 'test_scale')
+
+    if TYPE_CHECKING:
+        _p: float
+        mode: str
+        rescale: str
 
     def gate(self, x: Tensor) -> Tensor:
         """A factor for the undropped branch, for TorchScript, where no autograd function can skip it.
@@ -42,7 +47,7 @@ class _Scriptable(DropPath):
         elif self.mode == 'batch':
             gate, share = self.mask(x[:1]), self._p
         else:
-            rows = max(1, int(round(self._p * batch)))
+            rows = max(1, int(round(self._p * batch)))  # noqa: RUF046 - TorchScript's round() gives a float
             offset = torch.arange(batch, device=x.device) - int(torch.randint(batch, (1,)).item())
             gate, share = (offset.remainder(batch) < rows).to(x.dtype).view(batch, 1, 1, 1), rows / batch
         return gate / share if self.rescale == 'train' else gate
@@ -138,7 +143,7 @@ class StochasticDepth(_Scriptable):
             raise ValueError(f'drop_prob must be in [0, 1), got {value!r}')
         if self.rescale == 'test' and value != self.drop_prob:
             raise AttributeError(
-                f'drop_prob cannot be assigned (got {value!r}) under drop_path_rescale=\'test\': it would change what '
+                f"drop_prob cannot be assigned (got {value!r}) under drop_path_rescale='test': it would change what "
                 'the network computes at test time; call model.set_drop_path(rate=...) instead'
             )
         self.configure(1 - value, self.mode, self.rescale)
@@ -165,14 +170,14 @@ class StochasticDepth(_Scriptable):
 
 
 def scriptable_copy(module: ModuleT) -> ModuleT:
-    """A copy that shares all tensors, for `torch.jit.script`, which reads a buffer through the attribute of its name."""
+    """A copy that shares all tensors, for `torch.jit.script`, which reads a buffer by the attribute of its name."""
     if not any(isinstance(child, StochasticDepth) for child in module.modules()):
         return module
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     copied = copy.deepcopy(module, memo)
     for child in copied.modules():
         if isinstance(child, StochasticDepth):
-            child.__class__ = _Scriptable
+            child.__class__ = _Scriptable  # type: ignore[assignment]
     copied.__dict__['_copied_from'] = (module,)  # torch.jit tells modules apart by id: keep this one's from reuse
     return copied
 

@@ -7,9 +7,7 @@ import torch
 from sd_resnet.costs import cost_table, network_cost
 
 
-@pytest.mark.parametrize(
-    ('name', 'share'), [('sd_resnet50', 0.763), ('sd_resnet101', 0.758), ('sd_resnet152', 0.755)]
-)
+@pytest.mark.parametrize(('name', 'share'), [('sd_resnet50', 0.763), ('sd_resnet101', 0.758), ('sd_resnet152', 0.755)])
 def test_expected_share_of_flops_at_224_pixels(name, share):
     assert round(network_cost(name).expected_share, 3) == share
 
