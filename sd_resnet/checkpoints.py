@@ -150,17 +150,20 @@ def export(path: str | Path, out: str | Path, architecture: str | None = None, u
     checkpoint = read_checkpoint(path, use_ema)
     state_dict = {k: v for k, v in checkpoint.state_dict.items() if '.aux_bn.' not in k}  # training-only, of split-bn
     recorded = architecture or checkpoint.architecture
-    names = _candidates() if recorded is None else [_own_name(recorded)]
+    if recorded is not None:
+        names = [_own_name(recorded)]
+    else:  # only ImageNet's nets have a fourth stage
+        names = timm.list_models(module='resnet_imagenet' if 'layer4.0.conv1.weight' in state_dict else 'resnet_cifar')
     for name in names:
         try:
             model = _build(name, state_dict, checkpoint.model_args)
-            model.load_state_dict(state_dict)
+            model.load_state_dict(state_dict, assign=True)
             break
         except (RuntimeError, TypeError, KeyError, AttributeError) as error:
             reason = ' '.join(str(error).split())[:200]
     else:
         if recorded is None:
-            raise ValueError(f"{path} fits none of this package's architectures ({', '.join(names)})")
+            raise ValueError(f"{path} fits none of this package's architectures ({', '.join(_candidates())})")
         raise ValueError(f'{path} is not a checkpoint of {names[0]}: {reason}')
     save_tensors(model.state_dict(), out)
     return name.removeprefix('sd_') if isinstance(model, StochasticResNet) else name
@@ -191,9 +194,11 @@ def _candidates() -> list[str]:
 
 
 def _build(name: str, state_dict: Mapping[str, Tensor], model_args: Mapping[str, Any]) -> nn.Module:
-    """The network at rate 0, where loading folds the checkpoint's survival probabilities in."""
+    """The network at rate 0, where loading folds the checkpoint's survival probabilities in, on the meta device."""
     stem = state_dict['conv1.weight' if 'conv1.weight' in state_dict else 'conv1.0.weight']
     classes = state_dict['fc.weight'].shape[0] if 'fc.weight' in state_dict else 0
     own = {key: value for key, value in model_args.items() if not key.startswith('drop_path')}
-    model = timm.create_model(name, **{**own, 'in_chans': stem.shape[1], 'num_classes': classes, 'drop_path_rate': 0.0})
-    return model.to(stem.dtype)
+    with torch.device('meta'):
+        return timm.create_model(
+            name, **{**own, 'in_chans': stem.shape[1], 'num_classes': classes, 'drop_path_rate': 0.0}
+        )

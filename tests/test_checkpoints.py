@@ -30,9 +30,6 @@ PAIRS = list(itertools.product(CONVENTIONS, CONVENTIONS))
 PRECISION = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
-NARROW = dict(channels=(16, 32, 32, 64))  # the same blocks, quicker
-
-
 def _logits(model):
     x = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1)).double()
     with torch.no_grad():
@@ -47,8 +44,8 @@ def _agree(model, reference):
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(('source', 'target'), PAIRS, ids=lambda name: name)
 def test_every_convention_loads_into_every_other(source, target, dtype):
-    trained = make('sd_resnet18', **NARROW, **CONVENTIONS[source]).to(dtype)
-    model = make('sd_resnet18', **NARROW, **CONVENTIONS[target]).to(dtype)
+    trained = make('sd_resnet18', **CONVENTIONS[source]).to(dtype)
+    model = make('sd_resnet18', **CONVENTIONS[target]).to(dtype)
     model.load_state_dict(trained.state_dict())
     assert _agree(model, trained)
 
@@ -68,8 +65,7 @@ def test_models_of_low_precision_compute_in_their_own_type(dtype):
 @pytest.mark.parametrize('name', ['sd_resnet50', 'sd_resnet20_cifar'])
 @pytest.mark.parametrize(('source', 'target'), PAIRS, ids=lambda name: name)
 def test_other_blocks_load_as_well(name, source, target):
-    narrow = {} if 'cifar' in name else NARROW
-    trained, model = make(name, **narrow, **CONVENTIONS[source]), make(name, **narrow, **CONVENTIONS[target])
+    trained, model = make(name, **CONVENTIONS[source]), make(name, **CONVENTIONS[target])
     model.load_state_dict(trained.state_dict())
     assert _agree(model, trained)
 
@@ -78,12 +74,12 @@ def test_other_blocks_load_as_well(name, source, target):
 @pytest.mark.parametrize('target', CONVENTIONS)
 def test_plain_resnets_of_timm_and_torchvision_load(library, target):
     if library == 'timm':
-        plain = make('resnet18')
+        plain = make('resnet18', full=True)
     else:
         torchvision = pytest.importorskip('torchvision')
         plain = torchvision.models.resnet18(num_classes=10)
-        plain.load_state_dict(make('resnet18').state_dict())
-    model = make('sd_resnet18', **CONVENTIONS[target])
+        plain.load_state_dict(make('resnet18', full=True).state_dict())
+    model = make('sd_resnet18', full=True, **CONVENTIONS[target])
     model.load_state_dict(plain.state_dict())
     assert _agree(model, plain)
 
@@ -114,7 +110,7 @@ class TestCorners:
     def test_a_model_on_the_meta_device_with_assign(self, source):
         trained = make('sd_resnet18', **CONVENTIONS[source])
         with torch.device('meta'):
-            model = timm.create_model('sd_resnet18', num_classes=10)
+            model = make('sd_resnet18')
         model.load_state_dict(trained.state_dict(), assign=True)
         assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
         assert _agree(model.to('cpu'), trained)
@@ -132,7 +128,7 @@ class TestCorners:
     def test_to_empty_then_load(self):
         trained = make('sd_resnet18', drop_path_rate=0.3)
         with torch.device('meta'):
-            model = timm.create_model('sd_resnet18', num_classes=10)
+            model = make('sd_resnet18')
         model.to_empty(device='cpu')
         model.load_state_dict(trained.state_dict())
         assert _agree(model, trained)
@@ -172,8 +168,8 @@ class TestCorners:
         torch.testing.assert_close(norm.aux_bn[0].bias, expected.aux_bn[0].bias * 0.5)
 
     def test_group_norm_has_no_statistics_and_is_rescaled(self):
-        trained = make('sd_resnet18', norm_layer='groupnorm')
-        model = make('sd_resnet18', norm_layer='groupnorm', drop_path_rate=0)
+        trained = make('sd_resnet18', full=True, norm_layer='groupnorm')
+        model = make('sd_resnet18', full=True, norm_layer='groupnorm', drop_path_rate=0)
         model.load_state_dict(trained.state_dict())
         assert _agree(model, trained)
 
@@ -219,9 +215,9 @@ class TestToResnet:
     @pytest.mark.parametrize('name', ['resnet18', 'resnet50', 'resnet50d', 'resnext50_32x4d'])
     @pytest.mark.parametrize('convention', CONVENTIONS)
     def test_it_is_a_plain_timm_resnet_that_computes_the_same(self, name, convention):
-        model = make(f'sd_{name}', **NARROW, **CONVENTIONS[convention])
+        model = make(f'sd_{name}', **CONVENTIONS[convention])
         probs = model.survival_probs
-        plain, timms = to_resnet(model), make(name, **NARROW)
+        plain, timms = to_resnet(model), make(name)
         assert type(plain) is type(timms)
         assert [type(m) for m in plain.modules()] == [type(m) for m in timms.modules()]
         assert list(plain.state_dict()) == list(timms.state_dict())
@@ -249,7 +245,7 @@ class TestToResnet:
 def run_folder(tmp_path_factory):
     """What timm's train.py leaves behind: its own saver, an argparse.Namespace, EMA, optimizer state."""
     folder = tmp_path_factory.mktemp('run')
-    model = make('sd_resnet18', num_classes=7, in_chans=1)
+    model = make('sd_resnet18', full=True, num_classes=7, in_chans=1)
     averaged = ModelEmaV3(model)
     with torch.no_grad():
         for p in model.parameters():
@@ -276,7 +272,7 @@ class TestExport:
 
     @pytest.mark.parametrize('name', ['sd_resnet18', 'sd_resnet50d', 'sd_resnext50_32x4d', 'sd_resnet20_cifar'])
     def test_the_architecture_of_a_bare_safetensors_file_is_found(self, name, tmp_path):
-        model = make(name)
+        model = make(name, full=True)
         save_file(model.state_dict(), tmp_path / 'in.safetensors')
         found = export(tmp_path / 'in.safetensors', tmp_path / 'out.safetensors')
         assert found == (name if 'cifar' in name else name.removeprefix('sd_'))
@@ -285,7 +281,7 @@ class TestExport:
         assert _agree(plain, model)
 
     def test_prefixes_and_training_only_norms_are_dropped(self, tmp_path):
-        model = make('sd_resnet18')
+        model = make('sd_resnet18', full=True)
         state = convert_splitbn_model(copy.deepcopy(model), 2).state_dict()
         torch.save({'state_dict': {f'module.{k}': v for k, v in state.items()}}, tmp_path / 'ddp.pth')
         export(tmp_path / 'ddp.pth', tmp_path / 'out.safetensors')
@@ -294,7 +290,7 @@ class TestExport:
         assert _agree(plain, model)
 
     def test_a_checkpoint_of_another_architecture_is_refused(self, tmp_path):
-        torch.save(make('resnet26').state_dict(), tmp_path / 'other.pth')
+        torch.save(make('resnet26', full=True).state_dict(), tmp_path / 'other.pth')
         with pytest.raises(ValueError, match="fits none of this package's architectures"):
             export(tmp_path / 'other.pth', tmp_path / 'out.safetensors')
         with pytest.raises(ValueError, match=r'is not a checkpoint of sd_resnet50: .*Missing key'):

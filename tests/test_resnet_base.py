@@ -100,7 +100,7 @@ def test_stop_early_runs_no_later_stage():
     model = make('sd_resnet18', train=True)
     forward, _ = count_calls(list(model.blocks()))
     features = model.forward_intermediates(images(), indices=[1, 2], stop_early=True, intermediates_only=True)
-    assert [f.shape[1] for f in features] == [64, 128]
+    assert [f.shape[1] for f in features] == [16, 24]
     assert forward[4:] == [[]] * 4
     with pytest.raises(ValueError, match="output_fmt must be 'NCHW', got 'NLC'"):
         model.forward_intermediates(images(), output_fmt='NLC')

@@ -108,7 +108,7 @@ def test_a_dropped_block_returns_its_input_and_leaves_batchnorm_alone():
 
 def test_a_dropped_block_alone_applies_its_activation_and_spares_its_input():
     block = make('sd_resnet18', train=True, drop_path_rate=0.999999).layer4[1]
-    x = torch.randn(2, 512, 4, 4)
+    x = torch.randn(2, block.conv1.in_channels, 4, 4)
     given = x.clone()
     assert torch.equal(block(x), given.relu())
     assert torch.equal(x, given)
@@ -176,7 +176,8 @@ def test_subset_mode_runs_exactly_round_p_batch_rows(batch):
 @torch.no_grad()
 def test_subset_mode_adds_the_branch_of_the_window_to_its_rows_alone(rescale):
     model = make('sd_resnet18', train=True, drop_path_mode='subset', drop_path_rescale=rescale, dtype=torch.float64)
-    block, x = model.layer2[0], torch.rand(5, 64, 8, 8, dtype=torch.float64)
+    block = model.layer2[0]
+    x = torch.rand(5, block.conv1.in_channels, 8, 8, dtype=torch.float64)
     block.drop_path.configure(0.6, 'subset', rescale)
     for start in range(5):
         window = [(start + i) % 5 for i in range(3)]
@@ -201,7 +202,8 @@ def test_subset_mode_runs_the_whole_batch_where_batchnorm_would_see_one_value():
 @torch.no_grad()
 def test_row_mode_drops_whole_samples(rescale):
     model = make('sd_resnet18', train=True, drop_path_mode='row', drop_path_rescale=rescale, dtype=torch.float64)
-    block, x = model.layer2[1], torch.rand(6, 128, 4, 4, dtype=torch.float64)
+    block = model.layer2[1]
+    x = torch.rand(6, block.conv1.in_channels, 4, 4, dtype=torch.float64)
     mask = torch.tensor([1.0, 0, 1, 1, 0, 0], dtype=torch.float64).view(6, 1, 1, 1)
     branch = copy.deepcopy(block).branch(x)
     factor = 1 / block.drop_path.survival_prob if rescale == 'train' else 1

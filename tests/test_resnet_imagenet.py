@@ -98,7 +98,7 @@ def _run(code, *args, **environment):
 
 def test_pretrained_works_offline_from_a_filled_cache(tmp_path):
     """The cache is laid out as the Hub's client does it: blobs by hash, a snapshot of links, refs/main."""
-    weights = make('resnet18', num_classes=1000).state_dict()
+    weights = make('resnet18', full=True, num_classes=1000).state_dict()
     save_file(weights, tmp_path / 'model.safetensors')
     commit, repo = 'a' * 40, tmp_path / 'hub' / 'models--timm--resnet18.a1_in1k'
     blob = repo / 'blobs' / hashlib.sha256((tmp_path / 'model.safetensors').read_bytes()).hexdigest()
