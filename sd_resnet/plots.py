@@ -1,0 +1,109 @@
+"""Pictures, drawn with matplotlib, which is imported only when something is drawn."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bench import Row, Settings
+    from .costs import NetworkCost
+
+# The same colour for the same thing in every picture (Okabe and Ito's palette, safe for colour-blind readers).
+KEPT, DROPPED, PROBABILITY, OTHER = '#0072B2', '#D5D9DE', '#D55E00', '#8C96A0'
+
+
+def new_figure(columns: int, height: float = 3.6, rows: int = 1) -> tuple[Any, Any]:
+    """A figure of README width and its axes.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing; the message says how to install it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('matplotlib is needed to draw: pip install "sd-resnet[plot]"') from error
+    figure = Figure(figsize=(9.6, height), dpi=150, layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[['top', 'right']].set_visible(False)
+    return figure, axes
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a picture whole, or not at all."""
+    part = path.with_name(f'{path.name}.part')
+    try:
+        figure.savefig(part, format=path.suffix.lstrip('.') or 'png')
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def plot_costs(cost: NetworkCost, path: Path) -> None:
+    """Draw p_l and, per block, the FLOPs that a training step computes on average and those it saves."""
+    figure, ((axis,),) = new_figure(1)
+    blocks = range(1, len(cost.blocks) + 1)
+    always = [b.shortcut_flops / 1e6 for b in cost.blocks]
+    kept = [b.survival_prob * b.branch_flops / 1e6 for b in cost.blocks]
+    saved = [(1 - b.survival_prob) * b.branch_flops / 1e6 for b in cost.blocks]
+    axis.bar(blocks, always, 0.8, color=OTHER, label='shortcut, always computed')
+    axis.bar(blocks, kept, 0.8, bottom=always, color=KEPT, label='branch, computed on average')
+    bottom = [a + k for a, k in zip(always, kept)]
+    axis.bar(blocks, saved, 0.8, bottom=bottom, color=DROPPED, label='branch, skipped on average')
+    axis.set_xlabel('block l')
+    axis.set_ylabel('FLOPs per image and forward pass (millions)')
+    top = max(a + k + s for a, k, s in zip(always, kept, saved))
+    axis.set_ylim(0, top * 1.28)
+    axis.set_title(
+        f'{cost.architecture}, {cost.image_size} px: {cost.expected_depth:.2f} of {len(cost.blocks)} blocks and '
+        f'{cost.expected_share:.1%} of the FLOPs remain on average',
+        fontsize=11,
+    )
+    right = axis.twinx()
+    right.spines['top'].set_visible(False)
+    marker = 'o' if len(cost.blocks) <= 60 else None
+    right.plot(
+        blocks,
+        [b.survival_prob for b in cost.blocks],
+        color=PROBABILITY,
+        marker=marker,
+        markersize=4,
+        label='survival probability p_l',
+    )
+    right.set_ylim(0, 1.28)
+    right.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    right.set_ylabel('survival probability', color=PROBABILITY)
+    handles, labels = axis.get_legend_handles_labels()
+    extra_handles, extra_labels = right.get_legend_handles_labels()
+    right.legend(handles + extra_handles, labels + extra_labels, ncols=2, fontsize=8, loc='upper center', frameon=False)
+    save_figure(figure, path)
+
+
+def plot_bench(settings: Settings, rows: Sequence[Row], path: Path) -> None:
+    """Draw each contestant's mean step time as a share of constant depth, with the FLOPs bound."""
+    figure, ((axis,),) = new_figure(1, height=0.5 * len(rows) + 1.4)
+    constant = statistics.fmean(rows[0].seconds)
+    for place, row in enumerate(rows):
+        quartiles = statistics.quantiles(row.seconds, n=4)
+        ratio = statistics.fmean(row.seconds) / constant
+        axis.barh(place, ratio, 0.7, color=KEPT if row.bound is not None else OTHER)
+        axis.hlines(place, quartiles[0] / constant, quartiles[2] / constant, color='black', linewidth=1)
+        axis.text(0.01, place, f'{ratio:.2f}', va='center', color='white', fontsize=9)
+    bounded = [(place, row.bound) for place, row in enumerate(rows) if row.bound is not None and row.bound < 1]
+    for index, (place, bound) in enumerate(bounded):
+        label = None if index else 'share of FLOPs left on average'
+        axis.vlines(bound, place - 0.4, place + 0.4, color=PROBABILITY, linewidth=2, label=label)
+    if bounded:
+        axis.legend(loc='lower right', fontsize=8, frameon=False)
+    axis.set_yticks(range(len(rows)), [row.name for row in rows])
+    axis.invert_yaxis()
+    axis.set_xlabel('mean time of a training step, as a share of constant depth; thin lines: middle half of the steps')
+    axis.set_title(
+        f'{settings.model}, batch {settings.batch}, drop path {settings.rate}, {settings.precision}'
+        f'{", channels_last" if settings.channels_last else ""}{", compiled" if settings.compile else ""}',
+        fontsize=11,
+    )
+    save_figure(figure, path)
