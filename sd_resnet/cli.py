@@ -16,8 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except KeyboardInterrupt:
-        print('sd-resnet: interrupted', file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f'\nsd-resnet {args.command}: interrupted; {error}'.rstrip('; '), file=sys.stderr)
         return 1
     except Exception as error:
         if args.debug:

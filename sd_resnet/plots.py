@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bench import Row, Settings
     from .costs import NetworkCost
+    from .quickstart import Result
 
 # The same colour for the same thing in every picture (Okabe and Ito's palette, safe for colour-blind readers).
 KEPT, DROPPED, PROBABILITY, OTHER = '#0072B2', '#D5D9DE', '#D55E00', '#8C96A0'
@@ -106,4 +107,47 @@ def plot_bench(settings: Settings, rows: Sequence[Row], path: Path) -> None:
         f'{", channels_last" if settings.channels_last else ""}{", compiled" if settings.compile else ""}',
         fontsize=11,
     )
+    save_figure(figure, path)
+
+
+def plot_quickstart(results: Sequence[Result], path: Path) -> None:
+    """Draw losses and accuracy per epoch, and how often each block survived beside its survival probability."""
+    figure, ((losses, accuracies, survival),) = new_figure(3)
+    for result, color in zip(results, (KEPT, OTHER)):
+        epochs = range(1, len(result.history) + 1)
+        for axis, key, style, what in (
+            (losses, 'train_loss', '--', 'training loss'),
+            (losses, 'eval_loss', '-', 'test loss'),
+            (accuracies, 'eval_top1', '-', 'test accuracy'),
+        ):
+            values = [epoch[key] for epoch in result.history]
+            label = f'{what}, {result.title}' if len(results) > 1 else what
+            axis.plot(epochs, values, style, color=color, label=label)
+    losses.set_yscale('log')
+    losses.set_ylabel('cross entropy')
+    accuracies.set_ylabel('test accuracy (%)')
+    best = max(epoch['eval_top1'] for result in results for epoch in result.history)
+    accuracies.set_ylim(min(90.0, best - 5), 100.2)
+    final = results[0].history[-1]['eval_top1']
+    accuracies.annotate(
+        f'{final:.2f} %', (len(results[0].history), final), (0, -14), textcoords='offset points', ha='right', fontsize=9
+    )
+    for axis in (losses, accuracies):
+        axis.set_xlabel('epoch')
+        axis.legend(fontsize=8, frameon=False, loc='upper right' if axis is losses else 'lower right')
+
+    result = results[0]
+    steps = sum(epoch['steps'] for epoch in result.history)
+    observed = [sum(runs) / steps for runs in zip(*(epoch['executions'] for epoch in result.history))]
+    blocks = range(1, len(observed) + 1)
+    survival.bar(blocks, observed, 0.75, color=KEPT, alpha=0.85, label=f'observed in {steps:,} steps')
+    survival.plot(blocks, result.survival_probs, 'o-', color=PROBABILITY, markersize=5, label='survival probability')
+    survival.set_ylim(0, 1.3)
+    survival.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    survival.set_xticks(list(blocks))
+    survival.set_xlabel('block l')
+    survival.set_ylabel('share of steps in which the branch ran')
+    survival.legend(fontsize=8, frameon=False, loc='upper center')
+    for axis, title in zip((losses, accuracies, survival), ('Loss', 'Accuracy', 'Survival of the blocks')):
+        axis.set_title(title, fontsize=11)
     save_figure(figure, path)
