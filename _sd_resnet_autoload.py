@@ -54,14 +54,19 @@ class _Loader:
         try:
             import sd_resnet  # noqa: F401
         except Exception as error:
-            import warnings
-
-            warnings.warn(
-                f'sd_resnet could not be imported, so its models are not registered with timm: '
-                f'{type(error).__name__}: {error} (SD_RESNET_AUTOLOAD=0 turns automatic registration off)',
-                RuntimeWarning,
-                stacklevel=2,
+            _warn(
+                'sd_resnet could not be imported, so its models are not registered with timm: '
+                f'{type(error).__name__}: {error} (SD_RESNET_AUTOLOAD=0 turns automatic registration off)'
             )
+
+
+def _warn(message):
+    import warnings
+
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    except RuntimeWarning:  # python -W error: timm must be imported all the same
+        print(f'RuntimeWarning: {message}', file=sys.stderr)
 
 
 def install():

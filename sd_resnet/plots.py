@@ -130,7 +130,7 @@ def plot_quickstart(results: Sequence[Result], path: Path) -> None:
     accuracies.set_ylim(min(90.0, best - 5), 100.2)
     final = results[0].history[-1]['eval_top1']
     accuracies.annotate(
-        f'{final:.2f} %', (len(results[0].history), final), (0, -14), textcoords='offset points', ha='right', fontsize=9
+        f'{final:.2f} %', (len(results[0].history), final), (0, -28), textcoords='offset points', ha='right', fontsize=9
     )
     for axis in (losses, accuracies):
         axis.set_xlabel('epoch')

@@ -1,7 +1,8 @@
 """`sd-resnet quickstart`: train a small network on real images, publish it to a folder, load it back, compare.
 
-Data sets, loaders, optimiser, schedule, EMA and checkpoints are timm's; only the loop is ours. Each epoch starts from the seed `seed + epoch`, so that a resumed run draws what an unbroken one would have
-drawn; what has been measured so far travels inside the checkpoint.
+Data sets, loaders, optimiser, schedule, EMA and checkpoints are timm's; only the loop is ours. Each epoch starts from
+the seed `seed + epoch`, so that a resumed run draws what an unbroken one would have drawn; what has been measured so
+far travels inside the checkpoint.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def train(
         model=ARCHITECTURE, model_kwargs=model_args, num_classes=10, epochs=epochs, seed=seed, history=[], **RECIPE
     )
     random_seed(seed)
-    model = timm.create_model(ARCHITECTURE, num_classes=10, **model_args)
+    model: Any = timm.create_model(ARCHITECTURE, num_classes=10, **model_args)
     optimizer = create_optimizer_v2(
         model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum
     )
@@ -268,7 +269,7 @@ def publish(result: Result, folder: Path, record: Path, reached: float, seed: in
         'drop_path_rescale': model.drop_path_rescale,
     }
     names = [str(digit) for digit in range(10)]
-    save_for_hf(model, part, {'label_names': names}, model_args=model_args, safe_serialization=True)
+    save_for_hf(model, str(part), {'label_names': names}, model_args=model_args, safe_serialization=True)
     config = json.loads((part / 'config.json').read_text())
     config['pretrained_cfg']['hf_hub_filename'] = 'model.safetensors'  # else a failing request falls back to a pickle
     (part / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
