@@ -3,8 +3,7 @@
 Huang et al., section 4; the nets are those of He et al. (https://arxiv.org/abs/1512.03385), section 4.2.
 """
 
-from __future__ import annotations
-
+# No postponed annotations here: torch.fx copies forward's into the code that it writes.
 from typing import Any
 
 import torch
@@ -106,10 +105,12 @@ class StochasticCifarResNet(StochasticDepthNet):
             setattr(self, name, Stage(*blocks))
             self.feature_info.append(dict(num_chs=planes, reduction=reduction, module=name))
 
-        self.num_features = self.head_hidden_size = inplanes
+        self.num_features = inplanes
         self.global_pool: Any
         self.fc: Any
         self.global_pool, self.fc = create_classifier(inplanes, num_classes, pool_type=global_pool, **dd)
+
+        self.head_hidden_size = inplanes * self.global_pool.feat_mult()
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -134,13 +135,20 @@ class StochasticCifarResNet(StochasticDepthNet):
         """The classifier, or its name."""
         return 'fc' if name_only else self.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: str = 'avg') -> None:
-        """A new classifier; 0 classes for none, `global_pool=''` for no pooling."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier; 0 classes for none; `global_pool=''` for no pooling, None for the one that is there."""
         self.num_classes = num_classes
         weight = self.conv1.weight
         self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, device=weight.device, dtype=weight.dtype
+            self.num_features,
+            num_classes,
+            pool_type=self.global_pool.pool_type if global_pool is None else global_pool,
+            device=weight.device,
+            dtype=weight.dtype,
         )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

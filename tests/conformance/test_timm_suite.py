@@ -1,0 +1,64 @@
+"""timm's own model tests, of the installed version, over this package's models: who uses timm's API must not notice.
+
+The tests are in timm's source distribution, not in its wheel, and are fetched when needed. By default the smaller
+models are tested; SD_RESNET_TEST_ALL=1 tests all of them.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import timm
+
+pytest.importorskip('expecttest', reason="timm's tests need expecttest")
+
+DEFAULT = ['sd_resnet18', 'sd_resnet50d', 'sd_resnet20_cifar', 'sd_resnet56_cifar']
+# forward, backward, default_cfgs, torchscript, features, intermediates (2), fx forward, fx backward, fx torchscript
+TESTS_PER_MODEL = 10
+
+
+@pytest.fixture(scope='session')
+def suite(request):
+    """timm's tests/test_models.py."""
+    folder = request.config.cache.mkdir(f'timm-{timm.__version__}')
+    path = folder / 'test_models.py'
+    if not path.exists():
+        pip = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--no-binary', 'timm', '-d', str(folder)]
+        result = subprocess.run([*pip, f'timm=={timm.__version__}'], capture_output=True, text=True, timeout=300)
+        archives = list(folder.glob('timm-*.tar.gz'))
+        if not archives:
+            pytest.skip(f"timm's source distribution could not be downloaded: {result.stderr.strip()[-200:]}")
+        with tarfile.open(archives[0]) as archive:
+            (member,) = [m for m in archive.getmembers() if m.name.endswith('/tests/test_models.py')]
+            path.write_bytes(archive.extractfile(member).read())
+        archives[0].unlink()
+    return path
+
+
+@pytest.mark.timeout(3600)
+def test_timms_own_tests_pass_for_our_models(suite):
+    models = [] if os.environ.get('SD_RESNET_TEST_ALL') == '1' else DEFAULT
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [
+            *(sys.executable, '-m', 'pytest', '-q', '-p', 'tests.conformance.suite_plugin', '-p', 'no:cacheprovider'),
+            *('-W', 'ignore', '-c', os.devnull, '--rootdir', str(suite.parent), str(suite)),
+            *('-k', 'sd_ and not pretrained and not inference'),  # these two download weights
+        ],
+        cwd=suite.parent,
+        env={**os.environ, 'PYTHONPATH': str(root), 'SD_RESNET_SUITE_MODELS': ' '.join(models)},
+        capture_output=True,
+        text=True,
+        timeout=3500,
+    )
+    tail = '\n'.join(result.stdout.splitlines()[-40:])
+    assert result.returncode == 0, f'{tail}\n{result.stderr[-2000:]}'
+    counts = {what: int(n) for n, what in re.findall(r'(\d+) (passed|skipped|failed|error)', tail.splitlines()[-1])}
+    print(counts)
+    expected = len(models or timm.list_models('sd_*'))
+    assert counts['passed'] >= TESTS_PER_MODEL * expected
+    assert counts.get('skipped', 0) == 0
