@@ -97,7 +97,7 @@ class StochasticDepthNet(nn.Module):
     @property
     def survival_probs(self) -> tuple[float, ...]:
         """p_1 .. p_L."""
-        return tuple(block.drop_path.survival_prob for block in self.blocks())
+        return tuple(block.drop_path.p_l for block in self.blocks())
 
     @property
     def expected_depth(self) -> float:

@@ -142,10 +142,10 @@ class ResidualBlock(nn.Module):
 
     def _forward_scripted(self, x: Tensor) -> Tensor:
         branch, shortcut = self.branch(x), self.shortcut(x)
-        if self.training and self.drop_path._p < 1.0:
+        if self.training and self.drop_path.p_l < 1.0:
             return self.activate(torch.addcmul(shortcut, branch, self.drop_path.gate(branch)))
-        if self.drop_path.rescale == 'test' and self.drop_path._p < 1.0:
-            return self.activate(torch.add(shortcut, branch, alpha=self.drop_path._p))
+        if self.drop_path.rescale == 'test' and self.drop_path.p_l < 1.0:
+            return self.activate(torch.add(shortcut, branch, alpha=self.drop_path.p_l))
         branch += shortcut
         return self.activate(branch)
 

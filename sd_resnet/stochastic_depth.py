@@ -32,7 +32,7 @@ class _Scriptable(DropPath):
     __jit_unused_properties__ = ('drop_prob', 'test_scale')
 
     if TYPE_CHECKING:
-        _p: float
+        p_l: float
         mode: str
         rescale: str
 
@@ -43,26 +43,26 @@ class _Scriptable(DropPath):
         """
         batch = x.shape[0]
         if self.mode == 'row':
-            gate, share = self.mask(x), self._p
+            gate, share = self.mask(x), self.p_l
         elif self.mode == 'batch':
-            gate, share = self.mask(x[:1]), self._p
+            gate, share = self.mask(x[:1]), self.p_l
         else:
-            rows = max(1, int(round(self._p * batch)))  # noqa: RUF046 - TorchScript's round() gives a float
+            rows = max(1, int(round(self.p_l * batch)))  # noqa: RUF046 - TorchScript's round() gives a float
             offset = torch.arange(batch, device=x.device) - int(torch.randint(batch, (1,)).item())
             gate, share = (offset.remainder(batch) < rows).to(x.dtype).view(batch, 1, 1, 1), rows / batch
         return gate / share if self.rescale == 'train' else gate
 
     def mask(self, x: Tensor) -> Tensor:
         """Row mode's draw: 1 for a surviving sample, else 0; shape (N, 1, ..., 1), on the device of `x`."""
-        return x.new_empty([x.shape[0]] + [1] * (x.dim() - 1)).bernoulli_(self._p)
+        return x.new_empty([x.shape[0]] + [1] * (x.dim() - 1)).bernoulli_(self.p_l)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._p == 1.0:
+        if self.p_l == 1.0:
             return x
         if self.training:
             mask = self.mask(x)
-            return x * (mask / self._p if self.rescale == 'train' else mask)
-        return x * self._p if self.rescale == 'test' else x
+            return x * (mask / self.p_l if self.rescale == 'train' else mask)
+        return x * self.p_l if self.rescale == 'test' else x
 
 
 class StochasticDepth(_Scriptable):
@@ -102,7 +102,7 @@ class StochasticDepth(_Scriptable):
     def configure(self, survival_prob: float, mode: str, rescale: str) -> None:
         """Set all three at once. It does not touch the branch's weights; `model.set_drop_path` does both."""
         check_settings(survival_prob, mode, rescale)
-        self._p = float(survival_prob)
+        self.p_l = float(survival_prob)
         self.mode = mode
         self.rescale = rescale
         self.scale_by_keep = rescale == 'train'
@@ -111,31 +111,31 @@ class StochasticDepth(_Scriptable):
     def rebuild_carrier(self, like: Tensor | None = None) -> None:
         """Make the scalar that travels in the state dict anew from the Python number, on the device of `like`."""
         carrier = self._buffers['survival_prob']
-        if self._p == 1 or self.rescale == 'train':
+        if self.p_l == 1 or self.rescale == 'train':
             if carrier is not None:
                 self._carrier_options = {'device': carrier.device, 'dtype': carrier.dtype}
             self._buffers['survival_prob'] = None
         elif carrier is None or like is not None:
             options = self._carrier_options if like is None else {'device': like.device, 'dtype': like.dtype}
-            self._buffers['survival_prob'] = torch.full((), self._p, **options)
+            self._buffers['survival_prob'] = torch.full((), self.p_l, **options)
         else:
             with torch.no_grad():
-                carrier.fill_(self._p)
+                carrier.fill_(self.p_l)
 
     @property
     def survival_prob(self) -> float:
         """p_l."""
-        return self._p
+        return self.p_l
 
     @property
     def test_scale(self) -> float:
         """What the branch is multiplied by in evaluation."""
-        return self._p if self.rescale == 'test' else 1.0
+        return self.p_l if self.rescale == 'test' else 1.0
 
     @property
     def drop_prob(self) -> float:
         """1 - p_l, under timm's name. Assigning it acts as in timm under train-time rescaling."""
-        return 1 - self._p
+        return 1 - self.p_l
 
     @drop_prob.setter
     def drop_prob(self, value: float) -> None:
@@ -150,14 +150,14 @@ class StochasticDepth(_Scriptable):
 
     def rows(self, batch: int) -> int:
         """Number k of rows that a branch runs on in subset mode: round(p_l * batch), ties to even, at least 1."""
-        return max(1, round(self._p * batch))
+        return max(1, round(self.p_l * batch))
 
     def train_factor(self, share: float) -> float:
         """What the branch is multiplied by in training where the share `share` of the work survives."""
         return 1 / share if self.rescale == 'train' else 1.0
 
     def extra_repr(self) -> str:
-        return f'survival_prob={self._p:.4g}, mode={self.mode!r}, rescale={self.rescale!r}'
+        return f'survival_prob={self.p_l:.4g}, mode={self.mode!r}, rescale={self.rescale!r}'
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         carrier = self._buffers['survival_prob']

@@ -1,0 +1,105 @@
+"""Networks that leave Python: ONNX, torch.export, TorchScript and torch.fx must compute what evaluation computes."""
+
+import pytest
+import timm
+import torch
+from timm.models import create_feature_extractor
+
+from ..conftest import images, make
+
+NETS = ['sd_resnet18', 'sd_resnet50', 'sd_resnet20_cifar']
+
+
+def _agree(out, expected):
+    assert (out - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max().item())
+
+
+@pytest.mark.parametrize('name', NETS)
+@torch.no_grad()
+def test_torch_export(name):
+    model, x = make(name), images(2)
+    program = torch.export.export(model, (x,))
+    _agree(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize('name', NETS)
+@torch.no_grad()
+def test_onnx(name, tmp_path):
+    pytest.importorskip('onnx', reason='the ONNX test needs onnx')
+    pytest.importorskip('onnxscript', reason='the ONNX test needs onnxscript')
+    runtime = pytest.importorskip('onnxruntime', reason='the ONNX test needs onnxruntime')
+    model, x = make(name), images(2)
+    torch.onnx.export(model, (x,), str(tmp_path / 'model.onnx'), input_names=['x'], dynamo=True)
+    session = runtime.InferenceSession(str(tmp_path / 'model.onnx'), providers=['CPUExecutionProvider'])
+    (out,) = session.run(None, {'x': x.numpy()})
+    _agree(torch.from_numpy(out), model(x))
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
+@pytest.mark.parametrize('name', NETS)
+@pytest.mark.parametrize('rescale', ['test', 'train'])
+@torch.no_grad()
+def test_torchscript_by_script_and_by_trace(name, rescale):
+    model, x = make(name, drop_path_rescale=rescale), images(2)
+    expected = model(x)
+    scripted = torch.jit.script(model)
+    _agree(scripted(x), expected)
+    _agree(torch.jit.trace(model, x)(x), expected)
+    assert torch.equal(model(x), expected)  # the model itself is as it was
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
+@pytest.mark.parametrize('mode', ['batch', 'row', 'subset'])
+def test_scripted_training_drops_by_gates(mode):
+    """timm's train.py --torchscript: the branch is computed and multiplied by 0 or 1."""
+    model = make('sd_resnet18', train=True, drop_path_mode=mode, drop_path_rate=0.9, dtype=torch.float64)
+    scripted = torch.jit.script(model)
+    x = torch.rand(8, 3, 32, 32, dtype=torch.float64)
+    block = getattr(scripted.layer1, '1')
+    rows = max(1, round(model.survival_probs[1] * 8))
+    h = torch.rand(8, 16, 8, 8, dtype=torch.float64)
+    survivors = [int((block(h) - h).abs().amax((1, 2, 3)).gt(1e-9).sum()) for _ in range(40)]
+    if mode == 'batch':
+        assert set(survivors) == {0, 8}
+    elif mode == 'subset':
+        assert set(survivors) == {rows}
+    else:
+        assert len(set(survivors)) > 2
+    scripted(x).sum().backward()
+    assert all(p.grad is not None for p in scripted.parameters())
+
+
+@pytest.mark.parametrize('name', NETS)
+def test_feature_extraction_by_fx_keeps_dropping_in_training(name):
+    """A decision frozen into the graph would train one sub-network for ever."""
+    model, x = make(name, drop_path_rate=0.8), images(4)
+    extractor = create_feature_extractor(model, {'layer3': 'out'})
+    with torch.no_grad():
+        _agree(extractor(x)['out'], model.forward_intermediates(x)[1][3])
+    extractor.train()
+    counts = []
+    block = model.layer3[1]
+    block.conv1.register_forward_hook(lambda *_: counts.append(1))
+    for _ in range(20):
+        extractor(x)['out'].sum().backward()
+    assert 0 < len(counts) < 20
+
+
+def test_compiled_training_runs(tmp_path):
+    """torch.compile as timm's train.py calls it; the backend that only traces."""
+    for mode in ('batch', 'row', 'subset'):
+        model = make('sd_resnet20_cifar', train=True, drop_path_mode=mode)
+        compiled = torch.compile(model, backend='eager')
+        for _ in range(3):
+            compiled(images(4)).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+        with torch.no_grad():
+            x = images(2)
+            _agree(torch.compile(model.eval(), backend='eager')(x), model(x))
+
+
+def test_a_default_tracer_is_refused_in_training_only():
+    model = timm.create_model('sd_resnet18')
+    torch.fx.symbolic_trace(model.eval())
+    with pytest.raises(RuntimeError, match='cannot be traced'):
+        torch.fx.symbolic_trace(model.train())
