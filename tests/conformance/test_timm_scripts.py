@@ -1,0 +1,223 @@
+"""timm's own, unmodified scripts on a small image folder: what a user types must train, resume, validate and export.
+
+The scripts are in timm's repository only: TIMM_REPO names a clone.
+"""
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+REPO = os.environ.get('TIMM_REPO')
+pytestmark = [
+    pytest.mark.skipif(not REPO, reason="TIMM_REPO does not name a clone of timm's repository"),
+    pytest.mark.timeout(600),
+]
+MODEL = 'sd_resnet20_cifar'
+COMMON = '--num-classes 10 --img-size 32 --device cpu --workers 1 -b 24 --opt sgd --lr 0.01 --sched cosine'.split()
+
+
+@pytest.fixture(scope='session')
+def digits(tmp_path_factory):
+    """A few of scikit-learn's digits as an image folder."""
+    datasets = pytest.importorskip('sklearn.datasets', reason='the images are those of scikit-learn')
+    from PIL import Image
+
+    folder, seen = tmp_path_factory.mktemp('digits'), [0] * 10
+    data = datasets.load_digits()
+    for pixels, label in zip(data.images, data.target):
+        if seen[label] < 16:
+            path = folder / ('train' if seen[label] < 12 else 'validation') / str(label) / f'{seen[label]:02}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((pixels * 255 / 16).round().astype('uint8')).resize((32, 32)).save(path)
+            seen[label] += 1
+    return folder
+
+
+def _start(script, *args, **options):
+    environment = {**os.environ, 'OMP_NUM_THREADS': '2', 'HF_HUB_OFFLINE': '1'}
+    return subprocess.Popen(
+        [sys.executable, str(Path(REPO) / script), *map(str, args)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def _run(script, *args, **options):
+    process = _start(script, *args, **options)
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def _train(digits, folder, *flags, epochs=1, model=MODEL, prefetcher=False):
+    loader = [] if prefetcher else ['--no-prefetcher']
+    args = ['--data-dir', digits, '--model', model, '--output', folder, '--experiment', 'run', '--epochs', epochs]
+    _run('train.py', *args, *COMMON, *loader, *flags)
+    return _trained(folder / 'run', epochs)
+
+
+def _trained(run, epochs):
+    rows = list(csv.DictReader((run / 'summary.csv').open()))
+    assert len(rows) >= epochs
+    assert all(math.isfinite(float(row['train_loss'])) and math.isfinite(float(row['eval_loss'])) for row in rows)
+    with torch.serialization.safe_globals([__import__('argparse').Namespace]):
+        return torch.load(run / 'last.pth.tar', map_location='cpu', weights_only=True)
+
+
+def _probs(checkpoint, key='state_dict'):
+    return [float(value) for name, value in checkpoint[key].items() if name.endswith('drop_path.survival_prob')]
+
+
+LINEAR = pytest.approx([1 - l / 9 * 0.5 for l in range(1, 10)])
+
+
+@pytest.mark.parametrize(
+    ('flags', 'probs'),
+    [
+        ('', LINEAR),
+        ('--drop-path 0.3', pytest.approx([1 - l / 9 * 0.3 for l in range(1, 10)])),
+        ('--model-kwargs drop_path_mode=subset', LINEAR),
+        ('--model-kwargs drop_path_rescale=train', []),
+        ('--model-kwargs drop_path_schedule=[1,0.5]', pytest.approx([1 - l / 16 for l in range(1, 9)])),
+        ('--amp --amp-dtype bfloat16', LINEAR),
+        ('--grad-checkpointing', LINEAR),
+        ('--model-ema', LINEAR),
+        ('--channels-last', LINEAR),
+        ('--torchscript', LINEAR),
+        ('--torchcompile eager', LINEAR),
+        ('--clip-mode agc --clip-grad 0.01', LINEAR),
+        ('--layer-decay 0.75', LINEAR),
+    ],
+    ids=lambda value: value if isinstance(value, str) else '',
+)
+def test_train(digits, tmp_path, flags, probs):
+    checkpoint = _train(digits, tmp_path, *flags.split())
+    assert _probs(checkpoint) == probs
+    model = timm.create_model(MODEL, num_classes=10, checkpoint_path=str(tmp_path / 'run' / 'last.pth.tar'))
+    assert not torch.equal(model.conv1.weight, timm.create_model(MODEL).conv1.weight)
+    if '--model-ema' in flags:
+        assert _probs(checkpoint, 'state_dict_ema') == probs
+
+
+def test_train_with_split_batchnorm(digits, tmp_path):
+    flags = '--split-bn --aug-splits 3 --aa rand-m6-inc1 --jsd-loss'.split()
+    checkpoint = _train(digits, tmp_path, *flags, prefetcher=True)
+    assert any('.aux_bn.' in name for name in checkpoint['state_dict'])
+
+
+def test_train_an_imagenet_network(digits, tmp_path):
+    checkpoint = _train(digits, tmp_path, model='sd_resnet18')
+    assert _probs(checkpoint) == pytest.approx([1 - l / 16 for l in range(1, 9)])
+
+
+def test_fine_tuning_from_an_own_checkpoint_to_other_classes(digits, tmp_path):
+    """timm loads without strictness here: a plain ResNet would compute something else in silence, this one does not."""
+    _train(digits, tmp_path / 'first', '--drop-path', '0.3')
+    source = tmp_path / 'first' / 'run' / 'last.pth.tar'
+    three = tmp_path / 'three'
+    for split in ('train', 'validation'):
+        for digit in '012':
+            (three / split).mkdir(parents=True, exist_ok=True)
+            (three / split / digit).symlink_to(digits / split / digit)
+    flags = ['--pretrained', '--pretrained-path', source, '--num-classes', '3', '--lr', '1e-12', '--weight-decay', '0']
+    checkpoint = _train(three, tmp_path / 'second', *flags)
+    assert checkpoint['state_dict']['fc.weight'].shape[0] == 3
+    trained = timm.create_model(MODEL, num_classes=10, checkpoint_path=str(source)).state_dict()
+    # p_L went from 0.3 to 0.5: the last norms are rescaled by p_checkpoint / p_model
+    tuned = checkpoint['state_dict']['layer3.2.bn2.weight']
+    torch.testing.assert_close(tuned, trained['layer3.2.bn2.weight'], rtol=1e-4, atol=1e-6)
+
+
+def test_resuming_a_killed_run(digits, tmp_path):
+    args = ['--data-dir', digits, '--model', MODEL, '--output', tmp_path, '--experiment', 'run', *COMMON]
+    process = _start('train.py', *args, '--no-prefetcher', '--epochs', 200)
+    last, deadline = tmp_path / 'run' / 'last.pth.tar', time.monotonic() + 300
+    while not last.exists():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (name,) = [path.name for path in tmp_path.iterdir()]
+    checkpoint = tmp_path / name / 'last.pth.tar'
+    with torch.serialization.safe_globals([__import__('argparse').Namespace]):
+        reached = torch.load(checkpoint, weights_only=True)['epoch']
+    _run(
+        'train.py',
+        *('--data-dir', digits, '--model', MODEL, '--output', tmp_path, '--experiment', 'again', *COMMON),
+        *('--no-prefetcher', '--epochs', reached + 2, '--resume', checkpoint),
+    )
+    assert _trained(tmp_path / 'again', 1)['epoch'] == reached + 1
+
+
+@pytest.fixture(scope='session')
+def trained(digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('trained')
+    _train(digits, folder, epochs=2)
+    return folder / 'run' / 'last.pth.tar'
+
+
+def test_validate(digits, trained):
+    output = _run(
+        'validate.py',
+        *('--data-dir', digits, '--split', 'validation', '--model', MODEL, '--num-classes', 10, '--checkpoint', trained),
+        *('--device', 'cpu', '--workers', 1, '--no-prefetcher'),
+    )
+    assert '"top1"' in output
+
+
+def test_inference(digits, trained, tmp_path):
+    pytest.importorskip('pandas', reason="timm's inference.py needs pandas")
+    _run(
+        'inference.py',
+        *('--data-dir', digits / 'validation', '--model', MODEL, '--num-classes', 10, '--checkpoint', trained),
+        *('--device', 'cpu', '--workers', 1, '--results-dir', tmp_path, '--topk', 1),
+    )
+    assert list(tmp_path.iterdir())
+
+
+def test_onnx_export(trained, tmp_path):
+    pytest.importorskip('onnx', reason='ONNX export needs onnx')
+    runtime = pytest.importorskip('onnxruntime', reason='the file is run with onnxruntime')
+    out = tmp_path / 'model.onnx'
+    _run('onnx_export.py', out, '--model', MODEL, '--num-classes', 10, '--checkpoint', trained, '--img-size', 32)
+    model = timm.create_model(MODEL, num_classes=10, checkpoint_path=str(trained)).eval()
+    x = torch.randn(1, 3, 32, 32)
+    session = runtime.InferenceSession(str(out), providers=['CPUExecutionProvider'])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(logits), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_benchmark():
+    output = _run(
+        'benchmark.py',
+        *('--model', MODEL, '--device', 'cpu', '--batch-size', 4, '--num-bench-iter', 5, '--num-warm-iter', 1),
+        *('--bench', 'both', '--img-size', 32),
+    )
+    assert 'train_samples_per_sec' in output
+
+
+def test_feature_distillation_with_the_model_as_student(digits, tmp_path):
+    """The student's features come through forward_intermediates in some versions, forward_features in others."""
+    if '--kd-distill-type' not in (Path(REPO) / 'train.py').read_text():
+        pytest.skip("this clone's train.py has no feature distillation")
+    teacher = tmp_path / 'teacher'
+    from timm.models import save_for_hf
+
+    save_for_hf(timm.create_model('resnet10t', num_classes=10), str(teacher), safe_serialization=True)
+    flags = ['--kd-model-name', f'local-dir:{teacher}', '--kd-distill-type', 'feature']
+    checkpoint = _train(digits, tmp_path, *flags)
+    assert _probs(checkpoint) == LINEAR
