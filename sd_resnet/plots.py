@@ -115,14 +115,13 @@ def plot_quickstart(results: Sequence[Result], path: Path) -> None:
     figure, ((losses, accuracies, survival),) = new_figure(3)
     for result, color in zip(results, (KEPT, OTHER)):
         epochs = range(1, len(result.history) + 1)
-        for axis, key, style, what in (
-            (losses, 'train_loss', '--', 'training loss'),
-            (losses, 'eval_loss', '-', 'test loss'),
-            (accuracies, 'eval_top1', '-', 'test accuracy'),
+        first = result is results[0]
+        for axis, key, style, label in (
+            (losses, 'train_loss', '--', 'training images' if first else None),
+            (losses, 'eval_loss', '-', 'test images' if first else None),
+            (accuracies, 'eval_top1', '-', result.title),
         ):
-            values = [epoch[key] for epoch in result.history]
-            label = f'{what}, {result.title}' if len(results) > 1 else what
-            axis.plot(epochs, values, style, color=color, label=label)
+            axis.plot(epochs, [epoch[key] for epoch in result.history], style, color=color, label=label)
     losses.set_yscale('log')
     losses.set_ylabel('cross entropy')
     accuracies.set_ylabel('test accuracy (%)')
@@ -134,7 +133,7 @@ def plot_quickstart(results: Sequence[Result], path: Path) -> None:
     )
     for axis in (losses, accuracies):
         axis.set_xlabel('epoch')
-        axis.legend(fontsize=8, frameon=False, loc='upper right' if axis is losses else 'lower right')
+        axis.legend(fontsize=8, frameon=False, loc='upper right' if axis is losses else 'center right')
 
     result = results[0]
     steps = sum(epoch['steps'] for epoch in result.history)

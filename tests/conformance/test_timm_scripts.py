@@ -35,7 +35,9 @@ def digits(tmp_path_factory):
     data = datasets.load_digits()
     for pixels, label in zip(data.images, data.target):
         if seen[label] < 16:
-            path = folder / ('train' if seen[label] < 12 else 'validation') / str(label) / f'{seen[label]:02}.png'
+            path = (
+                folder / ('train' if seen[label] < 12 else 'validation') / str(label) / f'{label}_{seen[label]:02}.png'
+            )  # inference.py wants unique names
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray((pixels * 255 / 16).round().astype('uint8')).resize((32, 32)).save(path)
             seen[label] += 1
@@ -172,7 +174,18 @@ def trained(digits, tmp_path_factory):
 def test_validate(digits, trained):
     output = _run(
         'validate.py',
-        *('--data-dir', digits, '--split', 'validation', '--model', MODEL, '--num-classes', 10, '--checkpoint', trained),
+        *(
+            '--data-dir',
+            digits,
+            '--split',
+            'validation',
+            '--model',
+            MODEL,
+            '--num-classes',
+            10,
+            '--checkpoint',
+            trained,
+        ),
         *('--device', 'cpu', '--workers', 1, '--no-prefetcher'),
     )
     assert '"top1"' in output
