@@ -100,7 +100,7 @@ def plot_bench(settings: Settings, rows: Sequence[Row], path: Path) -> None:
     if bounded:
         axis.legend(loc='lower right', fontsize=8, frameon=False)
     axis.set_yticks(range(len(rows)), [row.name for row in rows])
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.1, -0.6)  # the first on top, room for the legend below
     axis.set_xlabel('mean time of a training step, as a share of constant depth; thin lines: middle half of the steps')
     axis.set_title(
         f'{settings.model}, batch {settings.batch}, drop path {settings.rate}, {settings.precision}'

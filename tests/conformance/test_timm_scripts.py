@@ -22,7 +22,24 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 MODEL = 'sd_resnet20_cifar'
-COMMON = '--num-classes 10 --img-size 32 --device cpu --workers 1 -b 24 --opt sgd --lr 0.01 --sched cosine'.split()
+COMMON = [
+    '--num-classes',
+    '10',
+    '--img-size',
+    '32',
+    '--device',
+    'cpu',
+    '--workers',
+    '1',
+    '-b',
+    '24',
+    '--opt',
+    'sgd',
+    '--lr',
+    '0.01',
+    '--sched',
+    'cosine',
+]
 
 
 @pytest.fixture(scope='session')
@@ -114,7 +131,7 @@ def test_train(digits, tmp_path, flags, probs):
 
 
 def test_train_with_split_batchnorm(digits, tmp_path):
-    flags = '--split-bn --aug-splits 3 --aa rand-m6-inc1 --jsd-loss'.split()
+    flags = ['--split-bn', '--aug-splits', '3', '--aa', 'rand-m6-inc1', '--jsd-loss']
     checkpoint = _train(digits, tmp_path, *flags, prefetcher=True)
     assert any('.aux_bn.' in name for name in checkpoint['state_dict'])
 
@@ -125,7 +142,7 @@ def test_train_an_imagenet_network(digits, tmp_path):
 
 
 def test_fine_tuning_from_an_own_checkpoint_to_other_classes(digits, tmp_path):
-    """timm loads without strictness here: a plain ResNet would compute something else in silence, this one does not."""
+    """timm loads without strictness here: a plain ResNet would compute something else in silence."""
     _train(digits, tmp_path / 'first', '--drop-path', '0.3')
     source = tmp_path / 'first' / 'run' / 'last.pth.tar'
     three = tmp_path / 'three'
