@@ -47,7 +47,7 @@ def test_the_folder_is_a_hub_repository_that_loads_with_its_settings(finished):
     assert config['pretrained_cfg']['hf_hub_filename'] == 'model.safetensors'
     model = timm.create_model(f'local-dir:{finished / "hub"}', pretrained=True)
     assert model.survival_probs[-1] == 0.5
-    assert model.default_cfg['input_size'] == (3, 16, 16)
+    assert tuple(model.default_cfg['input_size']) == (3, 16, 16)
     averaged = quickstart.read_checkpoint(finished / 'run' / 'last.pth.tar').state_dict
     assert all(torch.equal(value, averaged[key]) for key, value in model.state_dict().items())
 
