@@ -16,7 +16,7 @@ import timm
 
 pytest.importorskip('expecttest', reason="timm's tests need expecttest")
 
-DEFAULT = ['sd_resnet18', 'sd_resnet50d', 'sd_resnet20_cifar', 'sd_resnet56_cifar']
+DEFAULT = ['sd_resnet18', 'sd_resnet50', 'sd_resnet50d', 'sd_resnet20_cifar', 'sd_resnet56_cifar']
 # forward, backward, default_cfgs, torchscript, features, intermediates (2), fx forward, fx backward, fx torchscript
 TESTS_PER_MODEL = 10
 
