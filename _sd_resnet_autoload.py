@@ -49,8 +49,8 @@ class _Loader:
         # timm and its users see the loader that they would see without this module
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        if _Finder in sys.meta_path:
-            sys.meta_path.remove(_Finder)
+        # A new list: one that shrinks while another thread walks it would hide a finder from that thread
+        sys.meta_path = [finder for finder in sys.meta_path if finder is not _Finder]
         try:
             import sd_resnet  # noqa: F401
         except Exception as error:
