@@ -12,9 +12,10 @@ from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .compiling import outside_compiler
 from .resnet_blocks import ResidualBlock, Stage
 from .schedules import Schedule, expected_depth, survival_probs
-from .stochastic_depth import Decision, draw_decisions, scriptable_copy
+from .stochastic_depth import Decision, draw_per_batch, draw_per_sample, scriptable_copy
 
 
 class StochasticDepthNet(nn.Module):
@@ -119,10 +120,13 @@ class StochasticDepthNet(nn.Module):
             taken: Indices of the features to return beside the last one; 0 is the stem's.
             last: Number of stages to run, None for all.
         """
+        per_batch = any(block.decides_per_batch() for block in self.blocks())
+        return (self._run_outside_compiler if per_batch else self._run)(x, taken, last)
+
+    def _run(self, x: Tensor, taken: Sequence[int], last: int | None) -> tuple[Tensor, list[Tensor]]:
         decisions = self.draw(x)
-        x = self.act1(self.bn1(self.conv1(x)))
-        features = [x] if 0 in taken else []
-        x = self.maxpool(x)
+        stem, x = self.forward_stem(x)
+        features = [stem] if 0 in taken else []
         for index, name in enumerate(self.stage_names[:last], start=1):
             stage = getattr(self, name)
             if isinstance(stage, Stage):  # pruning puts an nn.Identity in its place
@@ -131,6 +135,13 @@ class StochasticDepthNet(nn.Module):
             if index in taken:
                 features.append(x)
         return x, features
+
+    _run_outside_compiler = outside_compiler(_run)
+
+    def forward_stem(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The stem's feature, and what the first stage is given."""
+        stem = self.act1(self.bn1(self.conv1(x)))
+        return stem, self.maxpool(stem)
 
     def forward_intermediates(
         self,
@@ -169,16 +180,20 @@ class StochasticDepthNet(nn.Module):
         Drawn on the host, outside any checkpointed region; for all blocks as soon as one of them trains, so that
         ranks stay in step. A `torch.fx` trace draws nothing: its blocks are leaves and draw when they run.
         """
-        blocks = list(self.blocks())
-        if isinstance(x, torch.fx.Proxy) or not any(b.training and b.drop_path.survival_prob < 1 for b in blocks):
+        if isinstance(x, torch.fx.Proxy) or not any(b.training and b.drop_path.drops for b in self.blocks()):
             return None
-        return draw_decisions([block.drop_path for block in blocks], x, self._generator(blocks))
+        if self.drop_path_mode == 'batch':
+            return self._draw_per_batch()
+        return draw_per_sample([block.drop_path for block in self.blocks()], x)
+
+    @torch.compiler.disable
+    def _draw_per_batch(self) -> list[Decision]:
+        blocks = list(self.blocks())
+        return draw_per_batch([block.drop_path for block in blocks], self._generator(blocks))
 
     def _generator(self, blocks: list[ResidualBlock]) -> torch.Generator | None:
-        """In batch mode on more than one rank a generator that all ranks share, else None, torch's default one."""
-        if self.drop_path_mode != 'batch' or not dist.is_available() or not dist.is_initialized():
-            return None
-        if dist.get_world_size() == 1:
+        """On more than one rank a generator that all ranks share, else None, torch's default one."""
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return None
         if not self.drop_path_sync:
             for block in blocks:

@@ -6,7 +6,7 @@ checkpoint of another convention is met by rescaling the affine weights of the b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,15 +17,14 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .stochastic_depth import (
-    Decision,
-    StochasticDepth,
-    check_settings,
-    draw_decisions,
-    fork_rows,
-    join_rows,
-    scriptable_copy,
-    skip,
+from .compiling import forward_by_mode, outside_compiler, own_code
+from .functions import fork, gathered_again, join, put_rows, skip, take_rows
+from .stochastic_depth import Decision, StochasticDepth, check_settings, draw_per_batch, draw_per_sample, scriptable_copy
+
+
+_TRACED = (
+    'a block in training mode cannot be traced: one random decision would be frozen into the graph; trace in '
+    'evaluation mode, or keep the blocks whole with timm.models.get_notrace_modules()'
 )
 
 
@@ -42,6 +41,7 @@ class ResidualBlock(nn.Module):
 
     if TYPE_CHECKING:  # what timm's blocks bring; TorchScript would read plain annotations
         aa: Any
+        conv1: Any
         downsample: Any
         drop_path: Any  # a StochasticDepth
         se: Any
@@ -54,6 +54,10 @@ class ResidualBlock(nn.Module):
 
     def branch(self, x: Tensor) -> Tensor:
         """The residual function f_l, up to its last norm layer and attention."""
+        return self.after_conv1(self.conv1(x))
+
+    def after_conv1(self, x: Tensor) -> Tensor:
+        """The branch from its first convolution's output on."""
         raise AssertionError('a block brings its own branch')
 
     def activate(self, x: Tensor) -> Tensor:
@@ -66,6 +70,11 @@ class ResidualBlock(nn.Module):
             x = self.downsample(x)
         return x
 
+    def decides_per_batch(self) -> bool:
+        """Does it train, drop, and decide for the whole mini-batch?"""
+        return self.training and self.drop_path.drops and self.drop_path.mode == 'batch'
+
+    @forward_by_mode
     def forward(self, x: Tensor, decision: Decision = None) -> Tensor:
         """Compute `act(shortcut(x) + b_l * branch(x))`.
 
@@ -80,8 +89,10 @@ class ResidualBlock(nn.Module):
         if torch.jit.is_scripting():
             return self._forward_scripted(x)
         else:
-            if self.training and self.drop_path.survival_prob < 1:
-                return self._forward_stochastic(x, decision)
+            if self.decides_per_batch():
+                return self._forward_per_batch(x, decision)
+            if self.training and self.drop_path.drops:
+                return self._forward_per_sample(x, decision)
             return self._forward_whole(x, self.drop_path.test_scale)
 
     def _forward_whole(self, x: Tensor, factor: float) -> Tensor:
@@ -92,41 +103,42 @@ class ResidualBlock(nn.Module):
             branch = torch.add(shortcut, branch, alpha=factor)
         return self.activate(branch)
 
-    def _forward_stochastic(self, x: Tensor, decision: Decision) -> Tensor:
-        drop_path = self.drop_path
+    def _forward_shortcut(self, x: Tensor) -> Tensor:
+        return self.activate(self.shortcut(x))
+
+    @outside_compiler
+    def _forward_per_batch(self, x: Tensor, decision: Decision) -> Tensor:
+        """Batch mode in training: the decision is taken here, and only what it leaves to do is compiled."""
         alone = decision is None
         if isinstance(x, torch.fx.Proxy):
-            raise RuntimeError(
-                'a block in training mode cannot be traced: one random decision would be frozen into the graph; '
-                'trace in evaluation mode, or keep the blocks whole with timm.models.get_notrace_modules()'
-            )
+            raise RuntimeError(_TRACED)
         if decision is None:
             self.check_alone()
-            decision = draw_decisions([drop_path], x)[0]
-
-        if drop_path.mode == 'batch':
-            if decision:
-                return self._forward_whole(x, drop_path.train_factor(drop_path.survival_prob))
-            return self._forward_dropped(x, alone)
-
-        if isinstance(decision, Tensor):
-            branch, shortcut = self.branch(x), self.shortcut(x)
-            factor = drop_path.train_factor(drop_path.survival_prob)
-            return self.activate(torch.addcmul(shortcut, branch, decision.to(branch), value=factor))
-
-        assert decision is not None
-        return self._forward_subset(x, decision)
-
-    def _forward_dropped(self, x: Tensor, alone: bool) -> Tensor:
+            decision = draw_per_batch([self.drop_path])[0]
+        if decision:
+            return own_code(self, '_forward_whole')(self, x, self.drop_path.train_factor(self.drop_path.p_l))
         if self.downsample is not None:
-            out = self.activate(self.downsample(x))
+            out = own_code(self, '_forward_shortcut')(self, x)
         elif alone or not self._ends_in_relu():
             out = self.activate(x.clone())
         else:
             out = x  # relu(x): in a network, x comes out of a ReLU
         return skip(out, self.branch_parameters())
 
-    def _forward_subset(self, x: Tensor, start: int) -> Tensor:
+    def _forward_per_sample(self, x: Tensor, decision: Decision) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):
+            raise RuntimeError(_TRACED)
+        alone = decision is None
+        if decision is None:
+            decision = draw_per_sample([self.drop_path], x)[0]
+        assert decision is not None
+        if self.drop_path.mode == 'subset':
+            return self._forward_subset(x, decision, alone)
+        branch, shortcut = self.branch(x), self.shortcut(x)
+        factor = self.drop_path.train_factor(self.drop_path.p_l)
+        return self.activate(torch.addcmul(shortcut, branch, decision.to(branch), value=factor))
+
+    def _forward_subset(self, x: Tensor, start: int | Tensor, alone: bool) -> Tensor:
         if isinstance(getattr(self, self.last_norm), SplitBatchNorm2d):
             raise ValueError(
                 "drop_path_mode='subset' cannot be combined with split BatchNorm, which needs the whole batch to "
@@ -134,11 +146,26 @@ class ResidualBlock(nn.Module):
             )
         batch = x.shape[0]
         rows = self.drop_path.rows(batch)
+        factor = self.drop_path.train_factor(rows / batch)
         if rows == batch or (rows == 1 and self._is_one_pixel(x)):
             return self._forward_whole(x, 1.0)
-        x, x_rows = fork_rows(x, start, rows)
-        branch = self.branch(x_rows)
-        return self.activate(join_rows(self.shortcut(x), branch, start, self.drop_path.train_factor(rows / batch)))
+        if self.downsample is not None:
+            x, x_rows = fork(x, start, rows)
+            branch = self._branch_of_rows(x_rows)
+            return self.activate(join(self.downsample(x), branch, start, factor))
+        x, x_rows = take_rows(x, start, rows)
+        branch = self._branch_of_rows(x_rows)
+        y_rows = branch.add_(x_rows) if factor == 1 else torch.add(x_rows, branch, alpha=factor)
+        if alone or not self._ends_in_relu():
+            return self.activate(put_rows(x, y_rows, start, relu=False))
+        return put_rows(x, y_rows, start, relu=True)  # the other rows: relu(x), and x comes out of a ReLU
+
+    def _branch_of_rows(self, x_rows: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or x_rows.grad_fn is None:
+            return self.branch(x_rows)
+        with gathered_again(x_rows):
+            x = self.conv1(x_rows)
+        return self.after_conv1(x)
 
     def _forward_scripted(self, x: Tensor) -> Tensor:
         branch, shortcut = self.branch(x), self.shortcut(x)
@@ -251,6 +278,11 @@ class ResidualBlock(nn.Module):
 class Stage(nn.Sequential):
     """The blocks of one stage; a plain `nn.Sequential` for whoever calls it with the input alone."""
 
+    def decides_per_batch(self) -> bool:
+        """Does one of the blocks?"""
+        return any(block.decides_per_batch() for block in self)  # type: ignore[operator]
+
+    @forward_by_mode
     def forward(self, x: Tensor, decisions: list[Decision] | None = None, grad_checkpointing: bool = False) -> Tensor:
         """Run the blocks.
 
@@ -262,10 +294,11 @@ class Stage(nn.Sequential):
         if torch.jit.is_scripting():
             for block in self:
                 x = block(x)
+            return x
         else:
             for block, decision in zip(self, [None] * len(self) if decisions is None else decisions):
                 x = checkpoint(block, x, decision, use_reentrant=False) if grad_checkpointing else block(x, decision)
-        return x
+            return x
 
 
 def _scaled(tensor: Tensor, factor: float) -> Tensor:
@@ -281,8 +314,8 @@ class StochasticBasicBlock(ResidualBlock, BasicBlock):
     last_norm = 'bn2'
     plain_class = BasicBlock
 
-    def branch(self, x: Tensor) -> Tensor:
-        x = self.act1(self.drop_block(self.bn1(self.conv1(x))))
+    def after_conv1(self, x: Tensor) -> Tensor:
+        x = self.act1(self.drop_block(self.bn1(x)))
         x = self.bn2(self.conv2(self.aa(x)))
         if self.se is not None:
             x = self.se(x)
@@ -299,8 +332,8 @@ class StochasticBottleneck(ResidualBlock, Bottleneck):
     last_norm = 'bn3'
     plain_class = Bottleneck
 
-    def branch(self, x: Tensor) -> Tensor:
-        x = self.act1(self.bn1(self.conv1(x)))
+    def after_conv1(self, x: Tensor) -> Tensor:
+        x = self.act1(self.bn1(x))
         x = self.act2(self.drop_block(self.bn2(self.conv2(x))))
         x = self.bn3(self.conv3(self.aa(x)))
         if self.se is not None:

@@ -1,4 +1,4 @@
-"""The `StochasticDepth` module, the draw, and the operations that make a dropped branch cost nothing.
+"""The `StochasticDepth` module and the draw.
 
 Section and equation numbers refer to Huang et al., "Deep Networks with Stochastic Depth"
 (https://arxiv.org/abs/1603.09382). The field's words: a residual block computes `act(shortcut(x) + branch(x))`;
@@ -8,13 +8,12 @@ p_l is block l's survival probability, b_l its draw.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.autograd import Function
 
 ModuleT = TypeVar('ModuleT', bound=nn.Module)
 
@@ -22,7 +21,8 @@ MODES = ('batch', 'row', 'subset')
 RESCALES = ('test', 'train')
 
 # What a block is told about one training step. Batch mode: is the block active? Row mode: the mask of the rows,
-# (N, 1, 1, 1). Subset mode: the first row of the window. None: the block draws for itself.
+# (N, 1, 1, 1). Subset mode: the first row of the window, in a compiled graph as a tensor of one number, on the input's
+# device. None: the block draws for itself.
 Decision = bool | int | Tensor | None
 
 
@@ -103,6 +103,7 @@ class StochasticDepth(_Scriptable):
         """Set all three at once. It does not touch the branch's weights; `model.set_drop_path` does both."""
         check_settings(survival_prob, mode, rescale)
         self.p_l = float(survival_prob)
+        self.drops = self.p_l < 1
         self.mode = mode
         self.rescale = rescale
         self.scale_by_keep = rescale == 'train'
@@ -192,101 +193,30 @@ def check_settings(survival_prob: float, mode: str, rescale: str) -> None:
         raise ValueError(f'drop_path_rescale must be one of {", ".join(map(repr, RESCALES))}, got {rescale!r}')
 
 
-def draw_decisions(
-    drop_paths: Sequence[StochasticDepth],
-    x: Tensor,
-    generator: torch.Generator | None = None,
-) -> list[Decision]:
-    """Draw b_1 .. b_L (section 3) for one training step.
+def draw_per_batch(drop_paths: Sequence[StochasticDepth], generator: torch.Generator | None = None) -> list[Decision]:
+    """Draw b_1 .. b_L (section 3) for one mini-batch, on the host: is the block active?
+
+    Args:
+        drop_paths: One module per block.
+        generator: None is torch's default generator.
+    """
+    uniform = torch.rand(len(drop_paths), dtype=torch.float64, device='cpu', generator=generator).tolist()
+    return [u < drop_path.p_l for u, drop_path in zip(uniform, drop_paths)]
+
+
+def draw_per_sample(drop_paths: Sequence[StochasticDepth], x: Tensor) -> list[Decision]:
+    """Draw for every sample of one mini-batch: row mode's masks, or subset mode's windows.
+
+    The same seed gives the same numbers in eager and in compiled code (which `torch.rand` and `randint` would not).
 
     Args:
         drop_paths: One module per block, all of one mode.
-        x: Input of the network (N, ...). Its first dimension is the batch; a row mode's masks are drawn on its device.
-        generator: For batch mode, on the host; None is torch's default generator.
-
-    Returns:
-        One decision per block. Nothing here waits for a device.
+        x: Input of the network (N, ...). A row mode's masks are drawn on its device, windows on the host. Nothing here
+            waits for a device.
     """
-    mode = drop_paths[0].mode
-    if mode == 'row':
+    if drop_paths[0].mode == 'row':
         return [drop_path.mask(x) for drop_path in drop_paths]
-    if mode == 'subset':
-        return torch.randint(x.shape[0], (len(drop_paths),), device='cpu').tolist()
-    uniform = torch.rand(len(drop_paths), dtype=torch.float64, device='cpu', generator=generator).tolist()
-    return [u < drop_path.survival_prob for u, drop_path in zip(uniform, drop_paths)]
-
-
-def skip(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """`x` itself, with zero gradients for `parameters`.
-
-    A zero gradient is not an absent one: weight decay and momentum still act, as in the paper's code, and
-    DistributedDataParallel sees every parameter become ready, so it needs no `find_unused_parameters`.
-    """
-    return _Skip.apply(x, *(p for p in parameters if p.requires_grad))
-
-
-def fork_rows(x: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:
-    """`x` and its cyclic window of `rows` rows from `start`; the window is a view where it does not wrap."""
-    return _ForkRows.apply(x, start, rows)
-
-
-def join_rows(shortcut: Tensor, branch: Tensor, start: int, factor: float) -> Tensor:
-    """`shortcut`, with `factor * branch` added to the cyclic window of rows that starts at `start`."""
-    return _JoinRows.apply(shortcut, branch, start, factor)
-
-
-class _Skip(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        # Sizes and strides only: keeping the weights for backward would cost memory and tie it to their version.
-        ctx.layouts = [(p.shape, p.stride(), p.dtype, p.device) for p in parameters]
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        zeros = (
-            torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
-            for shape, stride, dtype, device in ctx.layouts
-        )
-        return grad, *zeros
-
-
-class _ForkRows(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:
-        ctx.start = start
-        return x.view_as(x), _take(x, start, rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_rows: Tensor) -> Any:
-        return _add(grad.clone(), grad_rows, ctx.start), None, None
-
-
-class _JoinRows(Function):
-    @staticmethod
-    def forward(ctx: Any, shortcut: Tensor, branch: Tensor, start: int, factor: float) -> Tensor:
-        ctx.start, ctx.rows, ctx.factor = start, branch.shape[0], factor
-        return _add(shortcut.clone(), branch, start, factor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        grad_rows = _take(grad, ctx.start, ctx.rows)
-        return grad, grad_rows if ctx.factor == 1 else grad_rows * ctx.factor, None, None
-
-
-def _take(x: Tensor, start: int, rows: int) -> Tensor:
-    """Slices, not an index: they keep any memory format."""
-    wrapped = start + rows - x.shape[0]
-    if wrapped <= 0:
-        return x.narrow(0, start, rows)
-    return torch.cat([x.narrow(0, start, rows - wrapped), x.narrow(0, 0, wrapped)])
-
-
-def _add(x: Tensor, branch: Tensor, start: int, factor: float = 1.0) -> Tensor:
-    """Add to a window of `x`, in place."""
-    rows = branch.shape[0]
-    wrapped = max(0, start + rows - x.shape[0])
-    x.narrow(0, start, rows - wrapped).add_(branch.narrow(0, 0, rows - wrapped), alpha=factor)
-    if wrapped:
-        x.narrow(0, 0, wrapped).add_(branch.narrow(0, rows - wrapped, wrapped), alpha=factor)
-    return x
+    starts = torch.ones(x.shape[0], device='cpu').multinomial(len(drop_paths), replacement=True)
+    if torch.compiler.is_compiling():
+        return list(starts.to(x.device, non_blocking=True).unbind())
+    return starts.tolist()

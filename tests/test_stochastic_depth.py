@@ -10,17 +10,21 @@ import torch
 from timm.layers import DropPath
 
 from sd_resnet import StochasticDepth, survival_probs
-from sd_resnet.stochastic_depth import draw_decisions, fork_rows, join_rows, skip
+from sd_resnet.stochastic_depth import draw_per_batch, draw_per_sample
 
 from .conftest import make
 
 DRAWS = 20_000
 
 
+def _draw(drop_paths, x):
+    return draw_per_batch(drop_paths) if drop_paths[0].mode == 'batch' else draw_per_sample(drop_paths, x)
+
+
 def _draws(mode, batch=8):
     drop_paths = [StochasticDepth(p, mode) for p in survival_probs(16)]
     x = torch.zeros(batch, 3, 2, 2)
-    return [draw_decisions(drop_paths, x) for _ in range(DRAWS)]
+    return [_draw(drop_paths, x) for _ in range(DRAWS)]
 
 
 def test_each_block_survives_as_often_as_its_probability_says():
@@ -64,14 +68,14 @@ def test_the_same_seed_gives_the_same_decisions():
         runs = []
         for _ in range(2):
             torch.manual_seed(3)
-            runs.append(draw_decisions(drop_paths, torch.zeros(4, 1, 1, 1)))
+            runs.append(_draw(drop_paths, torch.zeros(4, 1, 1, 1)))
         assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*runs))
 
 
 def test_the_draw_stays_on_the_host_whatever_the_default_device():
     with torch.device('meta'):
-        assert len(draw_decisions([StochasticDepth(0.5)] * 3, torch.zeros(2, 1))) == 3
-        assert len(draw_decisions([StochasticDepth(0.5, 'subset')] * 3, torch.zeros(2, 1))) == 3
+        assert len(_draw([StochasticDepth(0.5)] * 3, torch.zeros(2, 1))) == 3
+        assert len(_draw([StochasticDepth(0.5, 'subset')] * 3, torch.zeros(2, 1))) == 3
 
 
 class TestAsDropPath:
@@ -129,44 +133,3 @@ def test_the_python_number_is_the_authority():
         module._buffers['survival_prob'].fill_(0.1)  # as to_empty() or arithmetic on state dicts may do
     assert module.state_dict()['survival_prob'] == pytest.approx(0.7)
     assert module.half().survival_prob == 0.7
-
-
-class TestOperations:
-    """Gradients of the autograd functions, against plain indexing in float64."""
-
-    def test_skip_passes_the_gradient_and_gives_zero_gradients(self):
-        conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-        frozen = torch.nn.Parameter(torch.ones(1), requires_grad=False)
-        x = torch.randn(2, 3, requires_grad=True)
-        skip(x, [*conv.parameters(), frozen]).mul(3).sum().backward()
-        assert torch.equal(x.grad, torch.full_like(x, 3))
-        assert all(p.grad is not None and not p.grad.any() for p in conv.parameters())
-        assert conv.weight.grad.stride() == conv.weight.stride()
-        assert frozen.grad is None
-
-    @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
-    @pytest.mark.parametrize(('start', 'rows'), [(0, 3), (2, 3), (3, 3), (4, 4), (4, 1), (1, 5)])
-    def test_windows_agree_with_plain_indexing(self, start, rows, layout):
-        x = torch.randn(5, 4, 3, 3, dtype=torch.float64).to(memory_format=layout).requires_grad_()
-        reference = x.detach().clone().requires_grad_()
-        weight = torch.randn_like(x)
-
-        shortcut, taken = fork_rows(x, start, rows)
-        out = join_rows(shortcut, taken.sin(), start, 1.5)
-        (out * weight).sum().backward()
-
-        index = (torch.arange(rows) + start) % 5
-        expected = reference.index_add(0, index, reference[index].sin(), alpha=1.5)
-        (expected * weight).sum().backward()
-        torch.testing.assert_close(out, expected, rtol=0, atol=1e-15)
-        torch.testing.assert_close(x.grad, reference.grad, rtol=0, atol=1e-15)
-        assert out.is_contiguous(memory_format=layout)
-        assert x.grad.is_contiguous(memory_format=layout)
-
-    def test_a_gradient_that_others_hold_is_not_written_to(self):
-        x = torch.randn(4, 2, requires_grad=True)
-        shortcut, rows = fork_rows(x, 1, 2)
-        out = join_rows(shortcut, rows * 2, 1, 1.0)
-        upstream = torch.ones_like(out)
-        out.backward(upstream)
-        assert torch.equal(upstream, torch.ones_like(upstream))

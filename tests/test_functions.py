@@ -1,0 +1,126 @@
+"""The operations that skip work: their values and gradients against plain indexing, and what they keep for backward."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from sd_resnet.functions import fork, gathered_again, join, put_rows, skip, take_rows
+
+WINDOWS = [(0, 3), (2, 3), (3, 3), (4, 4), (4, 1), (1, 5)]  # (start, rows) of 5; half of them wrap
+
+
+def test_skip_passes_the_gradient_and_gives_zero_gradients():
+    conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    frozen = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+    x = torch.randn(2, 3, requires_grad=True)
+    skip(x, [*conv.parameters(), frozen]).mul(3).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 3))
+    assert all(p.grad is not None and not p.grad.any() for p in conv.parameters())
+    assert conv.weight.grad.stride() == conv.weight.stride()
+    assert frozen.grad is None
+
+
+def test_an_inplace_operation_after_skip_is_noticed_by_whoever_keeps_its_input():
+    x = torch.randn(3, requires_grad=True)
+    squared = x.exp()
+    skip(squared, []).mul_(2)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        squared.sum().backward()
+
+
+def _block(x, start, rows, f, relu=False):
+    """relu(x + f(x)) on the window's rows, x elsewhere."""
+    x, taken = take_rows(x, start, rows)
+    return put_rows(x, taken + f(taken), start, relu)
+
+
+def _projecting_block(x, start, rows, f, relu=False):
+    """relu(3 x + 1.5 f(x)) on the window's rows, relu(3 x) elsewhere."""
+    x, taken = fork(x, start, rows)
+    out = join(x * 3, f(taken), start, 1.5)
+    return out.relu() if relu else out
+
+
+def _plain_block(x, index, f, relu):
+    y = x[index] + f(x[index])
+    return x.index_copy(0, index, y.relu() if relu else y)
+
+
+def _plain_projecting_block(x, index, f, relu):
+    y = (x * 3).index_add(0, index, f(x[index]), alpha=1.5)
+    return y.relu() if relu else y
+
+
+@pytest.mark.parametrize('as_tensor', [False, True], ids=['number', 'tensor'])
+@pytest.mark.parametrize('relu', [False, True], ids=['', 'relu'])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['contiguous', 'channels_last'])
+@pytest.mark.parametrize(('start', 'rows'), WINDOWS)
+@pytest.mark.parametrize(
+    ('block', 'plain'),
+    [(_block, _plain_block), (_projecting_block, _plain_projecting_block)],
+    ids=['identity', 'projection'],
+)
+def test_windows_agree_with_plain_indexing(block, plain, start, rows, layout, relu, as_tensor):
+    x = torch.randn(5, 4, 3, 3, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    reference = x.detach().clone().requires_grad_()
+    weight = torch.randn_like(x)
+
+    out = block(x, torch.tensor(start) if as_tensor else start, rows, torch.sin, relu)
+    (out * weight).sum().backward()
+    expected = plain(reference, (torch.arange(rows) + start) % 5, torch.sin, relu)
+    (expected * weight).sum().backward()
+
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(x.grad, reference.grad, rtol=0, atol=1e-14)
+    if not as_tensor:
+        assert out.is_contiguous(memory_format=layout)
+        assert x.grad.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize('block', [_block, _projecting_block])
+def test_windows_have_first_and_second_derivatives(block):
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: block(x, 3, 2, lambda r: r**3), x)
+    assert torch.autograd.gradgradcheck(lambda x: block(x, 3, 2, lambda r: r**3), x)
+
+
+def test_a_gradient_that_others_hold_is_not_written_to():
+    x = torch.randn(4, 2, requires_grad=True)
+    out = _block(x, 1, 2, torch.sin, relu=True)
+    upstream = torch.ones_like(out)
+    out.backward(upstream)
+    assert torch.equal(upstream, torch.ones_like(upstream))
+
+
+@pytest.mark.parametrize(('start', 'rows'), WINDOWS)
+@pytest.mark.parametrize('take', [take_rows, fork])
+def test_rows_that_are_gathered_again_give_the_same_gradients_and_are_not_kept(start, rows, take):
+    conv = torch.nn.Conv2d(4, 4, 3, padding=1)
+    x = torch.randn(5, 4, 3, 3, requires_grad=True)
+    results, kept = [], []
+    for again in (False, True):
+        addresses = set()
+        with saved_tensors_hooks(lambda t, a=addresses: (a.add(t.untyped_storage().data_ptr()), t)[1], lambda t: t):
+            shortcut, taken = take(x * 1, start, rows)
+            if again:
+                with gathered_again(taken):
+                    branch = conv(taken)
+            else:
+                branch = conv(taken)
+            out = put_rows(shortcut, branch, start, False) if take is take_rows else join(shortcut * 1, branch, start, 1.0)
+        kept.append(taken.untyped_storage().data_ptr() in addresses - {x.untyped_storage().data_ptr()})
+        wraps = start + rows > 5
+        results.append(torch.autograd.grad(out.square().sum(), [x, *conv.parameters()]))
+    assert kept == [True, not wraps]  # without a wrap the rows are a view of what is kept anyway
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_a_weight_that_is_changed_before_backward_is_noticed():
+    conv = torch.nn.Conv2d(1, 1, 1)
+    shortcut, taken = fork(torch.randn(3, 1, 1, 1, requires_grad=True) * 1, 2, 2)
+    with gathered_again(taken):
+        out = join(shortcut * 1, conv(taken), 2, 1.0)
+    with torch.no_grad():
+        conv.weight.mul_(2)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        out.sum().backward()
