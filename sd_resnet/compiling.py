@@ -20,7 +20,6 @@ from torch import nn
 outside_compiler: Any = partial(torch.compiler.disable, recursive=False)
 
 
-
 class forward_by_mode:
     """Decorates a module's `forward`, whose frame is kept out of the compiler while `decides_per_batch()`.
 

@@ -19,7 +19,14 @@ from torch.utils.checkpoint import checkpoint
 
 from .compiling import forward_by_mode, outside_compiler, own_code
 from .functions import fork, gathered_again, join, put_rows, skip, take_rows
-from .stochastic_depth import Decision, StochasticDepth, check_settings, draw_per_batch, draw_per_sample, scriptable_copy
+from .stochastic_depth import (
+    Decision,
+    StochasticDepth,
+    check_settings,
+    draw_per_batch,
+    draw_per_sample,
+    scriptable_copy,
+)
 
 
 _TRACED = (

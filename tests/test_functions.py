@@ -107,7 +107,11 @@ def test_rows_that_are_gathered_again_give_the_same_gradients_and_are_not_kept(s
                     branch = conv(taken)
             else:
                 branch = conv(taken)
-            out = put_rows(shortcut, branch, start, False) if take is take_rows else join(shortcut * 1, branch, start, 1.0)
+            out = (
+                put_rows(shortcut, branch, start, False)
+                if take is take_rows
+                else join(shortcut * 1, branch, start, 1.0)
+            )
         kept.append(taken.untyped_storage().data_ptr() in addresses - {x.untyped_storage().data_ptr()})
         wraps = start + rows > 5
         results.append(torch.autograd.grad(out.square().sum(), [x, *conv.parameters()]))
