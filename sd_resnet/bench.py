@@ -10,7 +10,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
 from tqdm import tqdm
 
-from .costs import network_cost
+from .costs import NetworkCost, network_cost
 from .resnet_base import StochasticDepthNet
 from .stochastic_depth import MODES
 
@@ -29,6 +29,7 @@ CONSTANT = 'constant depth'
 TIMM = "timm's drop_path_rate"
 TORCHVISION = "torchvision's stochastic_depth"
 WARMUP = 3  # steps that are not counted
+COMPILED_WARMUP = 20  # until nearly every block was seen kept and dropped
 
 
 @dataclass
@@ -83,6 +84,29 @@ class Row:
     observed: float | None = None
 
 
+@dataclass
+class Growth:
+    """Batch mode at one depth and rate.
+
+    Attributes:
+        model: Architecture.
+        survival_prob: p_L.
+        bound: Share of the constant-depth net's FLOPs that is left on average.
+        ratio: Of mean step times to constant depth.
+        without_luck: The ratio, less what the draw left out or added.
+        seconds: Time of each counted step.
+        constant_seconds: The same of constant depth.
+    """
+
+    model: str
+    survival_prob: float
+    bound: float
+    ratio: float
+    without_luck: float
+    seconds: list[float]
+    constant_seconds: list[float]
+
+
 def run(settings: Settings, progress: bool = True) -> list[Row]:
     """Measure all contestants.
 
@@ -91,12 +115,47 @@ def run(settings: Settings, progress: bool = True) -> list[Row]:
     """
     if settings.precision not in ('float32', 'bfloat16', 'float16'):
         raise ValueError(f"precision must be 'float32', 'bfloat16' or 'float16', got {settings.precision!r}")
-    torch.manual_seed(settings.seed)
     cost = network_cost(settings.model, settings.size, settings.rate)
-    contestants = _contestants(settings)
+    return _measure(settings, _contestants(settings), cost.image_size, lambda name: cost, progress)
+
+
+def grow(settings: Settings, models: Sequence[str], rates: Sequence[float], progress: bool = True) -> list[Growth]:
+    """Measure batch mode at several rates beside constant depth, model by model.
+
+    Args:
+        settings: Of every measurement, but for model and rate.
+        models: Architectures of this package.
+        rates: 1 - p_L.
+        progress: Show a bar.
+    """
+    growths = []
+    for model in models:
+        own = replace(settings, model=model, modes=())
+        costs = {f'p_L = {1 - rate:g}': network_cost(model, settings.size, rate) for rate in rates}
+        contestants = {CONSTANT: _contestants(own)[CONSTANT]}
+        for name, rate in zip(costs, rates):
+            torch.manual_seed(settings.seed)
+            contestants[name] = timm.create_model(model, num_classes=10, drop_path_rate=rate)
+        constant, *rows = _measure(own, contestants, costs[name].image_size, costs.__getitem__, progress)
+        for row, rate in zip(rows, rates):
+            assert row.bound is not None
+            ratio = _ratio(row, constant, statistics.fmean)
+            luck = (row.observed or row.bound) - row.bound
+            growths.append(Growth(model, 1 - rate, row.bound, ratio, ratio - luck, row.seconds, constant.seconds))
+    return growths
+
+
+def _measure(
+    settings: Settings,
+    contestants: dict[str, Any],
+    image_size: int,
+    cost_of: Callable[[str], NetworkCost],
+    progress: bool,
+) -> list[Row]:
+    torch.manual_seed(settings.seed)
     channels = next(iter(contestants.values())).default_cfg['input_size'][0]
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    images = torch.randn(settings.batch, channels, cost.image_size, cost.image_size, device=settings.device)
+    images = torch.randn(settings.batch, channels, image_size, image_size, device=settings.device)
     images = images.to(memory_format=layout)
     labels = torch.randint(10, (settings.batch,), device=settings.device)
 
@@ -105,16 +164,18 @@ def run(settings: Settings, progress: bool = True) -> list[Row]:
         model.to(settings.device, memory_format=layout).train()
         rows[name] = Row(name)
         if isinstance(model, StochasticDepthNet) and name != CONSTANT:
+            cost = cost_of(name)
             rows[name].bound = cost.expected_share if model.drop_path_mode != 'row' else 1.0
             shares[name] = _record_shares(model, settings.batch, cost)
         steps[name] = _step(model, images, labels, settings)
 
-    rounds = settings.steps + WARMUP
-    with tqdm(total=rounds * len(rows), disable=not progress, desc='steps', unit='step') as bar:
+    warmup = COMPILED_WARMUP if settings.compile else WARMUP
+    rounds = settings.steps + warmup
+    with tqdm(total=rounds * len(rows), disable=not progress, desc=settings.model, unit='step') as bar:
         for index in range(rounds):
             for name, step in steps.items():
                 seconds = _timed(step, settings.device)
-                if index >= WARMUP:
+                if index >= warmup:
                     rows[name].seconds.append(seconds)
                 bar.update()
     for name, recorded in shares.items():
@@ -178,18 +239,23 @@ def _timed(step: Callable[[], None], device: str) -> float:
 
 
 def _record_shares(model: StochasticDepthNet, batch: int, cost: Any) -> list[float]:
-    """A list that grows by the share of FLOPs that each step runs."""
+    """A list that grows by the share of FLOPs that each step runs; in subset mode, where all run the same, of one."""
+    blocks = list(model.blocks())
+
+    def share(ran: Sequence[float]) -> float:
+        return 1 - sum((1 - r) * block.branch_flops for r, block in zip(ran, cost.blocks)) / cost.flops
+
+    if model.drop_path_mode == 'row':
+        return [1.0]
+    if model.drop_path_mode == 'subset':
+        return [share([block.drop_path.rows(batch) / batch for block in blocks])]
+
     shares: list[float] = []
-    draw, blocks = model.draw, list(model.blocks())
+    draw = model.draw
 
     def drawn(x: Tensor) -> Any:
         decisions = draw(x)
-        saved = 0.0
-        if decisions is not None and model.drop_path_mode != 'row':
-            for block, decision, flops in zip(blocks, decisions, cost.blocks):
-                ran = float(bool(decision)) if model.drop_path_mode == 'batch' else block.drop_path.rows(batch) / batch
-                saved += (1 - ran) * flops.branch_flops
-        shares.append(1 - saved / cost.flops)
+        shares.append(share([1.0] * len(blocks) if decisions is None else [float(bool(d)) for d in decisions]))
         return decisions
 
     model.draw = drawn  # type: ignore[method-assign]
@@ -243,6 +309,24 @@ def table(settings: Settings, rows: Sequence[Row]) -> str:
     return '\n'.join(lines)
 
 
+def growth_table(settings: Settings, growths: Sequence[Growth]) -> str:
+    """The table that `sd-resnet growth` prints."""
+    lines = [
+        f'batch mode, batch {settings.batch}, {settings.size or "default"} px, {settings.steps} steps; '
+        'ratios of mean step times to constant depth',
+        environment(),
+        '',
+        f'{"":<22}{"p_L":>6}{"FLOPs":>9}{"ratio":>9}{"no luck":>9}{"above":>9}',
+    ]
+    lines += [
+        f'{g.model:<22}{g.survival_prob:>6.2f}{g.bound:>9.3f}{g.ratio:>9.3f}{g.without_luck:>9.3f}'
+        f'{g.without_luck - g.bound:>9.3f}'
+        for g in growths
+    ]
+    lines += ['', 'FLOPs: share left on average, the bound; above: of the ratio without the luck of the draw']
+    return '\n'.join(lines)
+
+
 def _ratio(row: Row, other: Row, mean: Callable[[list[float]], float]) -> float:
     return mean(row.seconds) / mean(other.seconds)
 
@@ -260,7 +344,7 @@ def environment() -> str:
     )
 
 
-def save_record(settings: Settings, rows: Sequence[Row], path: Path) -> None:
+def save_record(settings: Settings, rows: Sequence[Row | Growth], path: Path) -> None:
     """Every step's time as JSON."""
     record = {'environment': environment(), 'settings': asdict(settings), 'rows': [asdict(row) for row in rows]}
     path.write_text(json.dumps(record, indent=1) + '\n')

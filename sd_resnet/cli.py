@@ -10,6 +10,8 @@ from pathlib import Path
 
 from . import __version__
 
+GROWTH = ('sd_resnet50', 'sd_resnet101', 'sd_resnet152')
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`, without the program's name; None is the process's own."""
@@ -96,6 +98,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--plot', type=Path, metavar='FILE', help='draw a bar chart')
 
     sub = command(
+        'growth',
+        "measure batch mode's training steps over depth and survival probability",
+        'growth --models sd_resnet50 sd_resnet101 --survival 0.2 0.5 --batch 8 --size 96 --steps 40',
+        _growth,
+    )
+    sub.add_argument('--models', nargs='+', default=GROWTH, metavar='NAME', help=f'architectures ({" ".join(GROWTH)})')
+    sub.add_argument(
+        '--survival', type=float, nargs='+', default=(0.2, 0.5, 0.8, 1.0), metavar='P', help='p_L (0.2 0.5 0.8 1.0)'
+    )
+    sub.add_argument('--batch', type=_positive, default=16, metavar='N', help='images of a step (%(default)s)')
+    sub.add_argument('--size', type=_positive, metavar='PX', help="height and width (the model's)")
+    sub.add_argument('--steps', type=_positive, default=40, metavar='N', help='of each contestant (%(default)s)')
+    sub.add_argument('--device', default='cpu', help='for example cuda (%(default)s)')
+    sub.add_argument('--json', type=Path, metavar='FILE', help="write every step's time")
+    sub.add_argument('--plot', type=Path, metavar='FILE', help='draw the ratios against the share of FLOPs')
+
+    sub = command(
         'export',
         'write a checkpoint as a plain timm ResNet, survival probabilities folded into the weights',
         'export output/train/RUN/model_best.pth.tar --out resnet50.safetensors',
@@ -155,6 +174,20 @@ def _bench(args: argparse.Namespace) -> None:
         from .plots import plot_bench
 
         plot_bench(settings, rows, args.plot)
+
+
+def _growth(args: argparse.Namespace) -> None:
+    from . import bench
+
+    settings = bench.Settings(batch=args.batch, size=args.size, steps=args.steps, device=args.device)
+    rows = bench.grow(settings, args.models, [1 - p for p in args.survival])
+    print(bench.growth_table(settings, rows))
+    if args.json:
+        bench.save_record(settings, rows, args.json)
+    if args.plot:
+        from .plots import plot_growth
+
+        plot_growth(settings, rows, args.plot)
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -192,15 +192,15 @@ def _add_to_window(x: Tensor, rows: Tensor, start: int, factor: float = 1.0) -> 
 
 def _replaced(x: Tensor, rows: Tensor, start: int, relu: bool = False) -> Tensor:
     """A new tensor, every element of which is written once."""
-    batch, length = x.shape[0], rows.shape[0]
+    batch, count = x.shape[0], rows.shape[0]
     out = torch.empty_like(x)
-    for first, begin, length in _pieces(batch, start, length):
+    for first, begin, length in _pieces(batch, start, count):
         source, target = rows.narrow(0, begin, length), out.narrow(0, first, length)
         if relu:
             torch.clamp_min(source, 0, out=target)
         else:
             target.copy_(source)
-    for first, _, length in _pieces(batch, (start + rows.shape[0]) % batch, batch - rows.shape[0]):
+    for first, _, length in _pieces(batch, (start + count) % batch, batch - count):
         out.narrow(0, first, length).copy_(x.narrow(0, first, length))
     return out
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bench import Row, Settings
+    from .bench import Growth, Row, Settings
     from .costs import NetworkCost
     from .quickstart import Result
 
@@ -107,6 +108,22 @@ def plot_bench(settings: Settings, rows: Sequence[Row], path: Path) -> None:
         f'{", channels_last" if settings.channels_last else ""}{", compiled" if settings.compile else ""}',
         fontsize=11,
     )
+    save_figure(figure, path)
+
+
+def plot_growth(settings: Settings, growths: Sequence[Growth], path: Path) -> None:
+    """Draw the measured ratios, without the luck of the draw, against the shares of FLOPs that are left."""
+    figure, ((axis,),) = new_figure(1, height=5)
+    lowest = min(0.3, *(min(g.bound, g.without_luck) - 0.03 for g in growths))
+    axis.plot([lowest, 1.05], [lowest, 1.05], color='black', linewidth=1, label='ratio = share of FLOPs')
+    axis.fill_between([lowest, 1.05], [lowest - 0.05, 1.0], [lowest + 0.05, 1.1], color='0.9', label='within 0.05')
+    for model, marker in zip(dict.fromkeys(g.model for g in growths), itertools.cycle('osD^vP*')):
+        own = [g for g in growths if g.model == model]
+        axis.plot([g.bound for g in own], [g.without_luck for g in own], marker, markersize=6, label=model, alpha=0.8)
+    axis.set_xlabel('share of FLOPs left on average')
+    axis.set_ylabel("step time, as a share of constant depth's")
+    axis.legend(fontsize=8, frameon=False)
+    axis.set_title(f'Batch mode, batch {settings.batch}, {settings.precision}', fontsize=11)
     save_figure(figure, path)
 
 

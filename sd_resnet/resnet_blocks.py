@@ -6,7 +6,7 @@ checkpoint of another convention is met by rescaling the affine weights of the b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,6 @@ from .stochastic_depth import (
     draw_per_sample,
     scriptable_copy,
 )
-
 
 _TRACED = (
     'a block in training mode cannot be traced: one random decision would be frozen into the graph; trace in '
@@ -141,6 +140,7 @@ class ResidualBlock(nn.Module):
         assert decision is not None
         if self.drop_path.mode == 'subset':
             return self._forward_subset(x, decision, alone)
+        assert isinstance(decision, Tensor)
         branch, shortcut = self.branch(x), self.shortcut(x)
         factor = self.drop_path.train_factor(self.drop_path.p_l)
         return self.activate(torch.addcmul(shortcut, branch, decision.to(branch), value=factor))

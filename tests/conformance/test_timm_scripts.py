@@ -4,9 +4,11 @@ The scripts are in timm's repository only: TIMM_REPO names a clone.
 """
 
 import csv
+import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -251,3 +253,120 @@ def test_feature_distillation_with_the_model_as_student(digits, tmp_path):
     flags = ['--kd-model-name', f'local-dir:{teacher}', '--kd-distill-type', 'feature']
     checkpoint = _train(digits, tmp_path, *flags)
     assert _probs(checkpoint) == LINEAR
+
+
+RANK_FLAGS = {
+    'plain': '',
+    'accumulation': '--grad-accum-steps 2',
+    'EMA': '--model-ema',
+    'bfloat16': '--amp --amp-dtype bfloat16',
+    'checkpointing': '--grad-checkpointing',
+    'compiled': '--torchcompile eager',
+}
+RANK_RUNS = {
+    **{
+        f'{model} {mode} {name}': (model, f'{flags} --model-kwargs drop_path_mode={mode}', False)
+        for model in ('sd_resnet18', MODEL)
+        for mode in ('batch', 'row', 'subset')
+        for name, flags in RANK_FLAGS.items()
+    },
+    f'{MODEL} unsynchronised': (MODEL, '--model-kwargs drop_path_sync=False', False),
+    f'{MODEL} stand-in for SyncBatchNorm': (MODEL, '', True),
+    f'{MODEL} stand-in for SyncBatchNorm, accumulation': (MODEL, '--grad-accum-steps 2', True),
+}
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def _start_ranks(folder, runs):
+    """Two ranks of timm's train.py, each through the runs (name: (model, flags, stand_in)); their results' files."""
+    folder.mkdir(exist_ok=True)
+    (folder / 'runs.json').write_text(
+        json.dumps([{'argv': list(map(str, a)), 'port': _free_port(), 'stand_in': b} for a, b in runs])
+    )
+    outs = [folder / f'{rank}.json' for rank in range(2)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, Path(__file__).with_name('launch.py'), Path(REPO) / 'train.py', folder / 'runs.json', out],
+            env={
+                **os.environ,
+                **{'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1'},
+                **{'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'},
+            },
+            stdout=(folder / f'{rank}.log').open('w'),
+            stderr=subprocess.STDOUT,
+        )
+        for rank, out in enumerate(outs)
+    ]
+    return ranks, outs
+
+
+def _rank_args(digits, folder, model, flags, epochs=1):
+    return [
+        *('--data-dir', digits, '--model', model, '--output', folder, '--experiment', 'run', '--epochs', epochs),
+        *(*COMMON, '-b', 12, '--workers', 0, '--no-prefetcher', *flags.split()),
+    ]
+
+
+@pytest.fixture(scope='session')
+def rank_results(digits, tmp_path_factory):
+    """Every run's two results, by name; all runs in one pair of processes, one after another."""
+    folder = tmp_path_factory.mktemp('ranks')
+    runs = [
+        (_rank_args(digits, folder / f'run{index}', model, flags), stand_in)
+        for index, (model, flags, stand_in) in enumerate(RANK_RUNS.values())
+    ]
+    ranks, outs = _start_ranks(folder / 'ranks', runs)
+    try:
+        codes = [rank.wait(timeout=1500) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    logs = [(folder / 'ranks' / f'{rank}.log').read_text() for rank in range(2)]
+    assert codes == [0, 0], logs[0][-3000:] + logs[1][-3000:]
+    assert not any('recompile_limit' in log for log in logs)
+    return dict(zip(RANK_RUNS, zip(*(json.loads(out.read_text()) for out in outs))))
+
+
+@pytest.mark.timeout(1600)
+@pytest.mark.parametrize('run', RANK_RUNS)
+def test_two_ranks_of_timms_train_script_stay_equal(rank_results, run):
+    first, second = rank_results[run]
+    assert first['parameters'] == second['parameters']
+    assert first.get('ema') == second.get('ema')
+    assert ('ema' in first) == ('EMA' in run)
+    if 'row' not in run and 'subset' not in run:
+        assert len(first['decisions']) >= 4
+        assert (first['decisions'] == second['decisions']) == ('unsynchronised' not in run)
+
+
+def test_a_rank_that_dies_ends_the_other_which_resumes(digits, tmp_path):
+    ranks, _ = _start_ranks(tmp_path / 'a', [(_rank_args(digits, tmp_path / 'out', MODEL, '', epochs=300), False)])
+    last = tmp_path / 'out' / 'run' / 'last.pth.tar'
+    try:
+        deadline = time.monotonic() + 200
+        while not last.exists():
+            assert all(rank.poll() is None for rank in ranks), (tmp_path / 'a' / '0.log').read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        ranks[1].send_signal(signal.SIGKILL)
+        assert ranks[0].wait(timeout=300) != 0  # gloo sees the closed connection long before its timeout
+    finally:
+        for rank in ranks:
+            rank.kill()
+    log = (tmp_path / 'a' / '0.log').read_text()
+    assert 'Error' in log, log[-3000:]
+    with torch.serialization.safe_globals([__import__('argparse').Namespace]):
+        reached = torch.load(last, weights_only=True)['epoch']
+    flags = f'--resume {last}'
+    args = _rank_args(digits, tmp_path / 'again', MODEL, flags, epochs=reached + 2)
+    ranks, outs = _start_ranks(tmp_path / 'b', [(args, False)])
+    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0], (tmp_path / 'b' / '0.log').read_text()[-3000:]
+    first, second = (json.loads(out.read_text())[0] for out in outs)
+    assert first == second
+    assert first['decisions']
+    assert _trained(tmp_path / 'again' / 'run', 1)['epoch'] == reached + 1
