@@ -28,6 +28,7 @@ from .stochastic_depth import MODES
 CONSTANT = 'constant depth'
 TIMM = "timm's drop_path_rate"
 TORCHVISION = "torchvision's stochastic_depth"
+PEERS = ('timm', 'torchvision')
 WARMUP = 3  # steps that are not counted
 COMPILED_WARMUP = 20  # until nearly every block was seen kept and dropped
 
@@ -48,6 +49,8 @@ class Settings:
         device: Where to run.
         others: Further timm models to measure.
         modes: Modes of this package to measure.
+        peers: `'timm'` and `'torchvision'`, whose drop paths to measure where timm has the net.
+        saved_steps: Steps over which the bytes kept for backward are counted.
         seed: Of weights, images and decisions.
     """
 
@@ -62,6 +65,8 @@ class Settings:
     device: str = 'cpu'
     others: tuple[str, ...] = ()
     modes: tuple[str, ...] = MODES
+    peers: tuple[str, ...] = PEERS
+    saved_steps: int = 200
     seed: int = 0
 
 
@@ -72,14 +77,14 @@ class Row:
     Attributes:
         name: Contestant.
         seconds: Time of each counted step: forward, backward, SGD with momentum.
-        saved_bytes: Mean of the distinct bytes kept for backward, parameters and buffers excluded.
+        saved_bytes: Distinct bytes that steps kept for backward, parameters and buffers excluded.
         bound: Share of the constant-depth net's FLOPs that is left on average, if it drops work.
         observed: Share of FLOPs that the counted steps really ran; it differs from `bound` by the luck of the draw.
     """
 
     name: str
     seconds: list[float] = field(default_factory=list)
-    saved_bytes: float = 0.0
+    saved_bytes: list[int] = field(default_factory=list)
     bound: float | None = None
     observed: float | None = None
 
@@ -130,7 +135,7 @@ def grow(settings: Settings, models: Sequence[str], rates: Sequence[float], prog
     """
     growths = []
     for model in models:
-        own = replace(settings, model=model, modes=())
+        own = replace(settings, model=model, modes=(), peers=(), saved_steps=0)
         costs = {f'p_L = {1 - rate:g}': network_cost(model, settings.size, rate) for rate in rates}
         contestants = {CONSTANT: _contestants(own)[CONSTANT]}
         for name, rate in zip(costs, rates):
@@ -159,7 +164,7 @@ def _measure(
     images = images.to(memory_format=layout)
     labels = torch.randint(10, (settings.batch,), device=settings.device)
 
-    rows, steps, shares = {}, {}, {}
+    rows, forwards, steps, shares = {}, {}, {}, {}
     for name, model in contestants.items():
         model.to(settings.device, memory_format=layout).train()
         rows[name] = Row(name)
@@ -167,7 +172,8 @@ def _measure(
             cost = cost_of(name)
             rows[name].bound = cost.expected_share if model.drop_path_mode != 'row' else 1.0
             shares[name] = _record_shares(model, settings.batch, cost)
-        steps[name] = _step(model, images, labels, settings)
+        forwards[name] = _forward(model, images, labels, settings)
+        steps[name] = _step(model, forwards[name])
 
     warmup = COMPILED_WARMUP if settings.compile else WARMUP
     rounds = settings.steps + warmup
@@ -180,9 +186,10 @@ def _measure(
                 bar.update()
     for name, recorded in shares.items():
         rows[name].observed = statistics.fmean(recorded[-settings.steps :])
-    for name, step in steps.items():
-        repeats = 20 if rows[name].bound not in (None, 1.0) else 2
-        rows[name].saved_bytes = statistics.fmean(_saved_bytes(step, contestants[name]) for _ in range(repeats))
+    for name in steps:
+        repeats = settings.saved_steps if rows[name].bound not in (None, 1.0) else 1
+        for _ in range(repeats):
+            rows[name].saved_bytes.append(saved_bytes(contestants[name], forwards[name]))
     return list(rows.values())
 
 
@@ -195,11 +202,13 @@ def _contestants(settings: Settings) -> dict[str, Any]:
     plain = settings.model.removeprefix('sd_')
     if timm.is_model(plain):
         contestants[CONSTANT] = create(plain)
-        contestants[TIMM] = create(plain, drop_path_rate=settings.rate)
-        contestants[TORCHVISION] = create(plain, drop_path_rate=settings.rate)
-        for module in contestants[TORCHVISION].modules():
-            if isinstance(getattr(module, 'drop_path', None), DropPath):
-                module.drop_path = TorchvisionStochasticDepth(module.drop_path.drop_prob, 'row')
+        if 'timm' in settings.peers:
+            contestants[TIMM] = create(plain, drop_path_rate=settings.rate)
+        if 'torchvision' in settings.peers:
+            contestants[TORCHVISION] = create(plain, drop_path_rate=settings.rate)
+            for module in contestants[TORCHVISION].modules():
+                if isinstance(getattr(module, 'drop_path', None), DropPath):
+                    module.drop_path = TorchvisionStochasticDepth(module.drop_path.drop_prob, 'row')
     else:  # timm has no such net
         contestants[CONSTANT] = create(settings.model, drop_path_rate=0)
     for mode in settings.modes:
@@ -211,17 +220,24 @@ def _contestants(settings: Settings) -> dict[str, Any]:
     return contestants
 
 
-def _step(model: nn.Module, images: Tensor, labels: Tensor, settings: Settings) -> Callable[[], None]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
-    forward: Any = torch.compile(model) if settings.compile else model
+def _forward(model: nn.Module, images: Tensor, labels: Tensor, settings: Settings) -> Callable[[], Tensor]:
+    call: Any = torch.compile(model) if settings.compile else model
     device, low = torch.device(settings.device).type, settings.precision != 'float32'
     dtype = getattr(torch, settings.precision)
 
+    def forward() -> Tensor:
+        with torch.autocast(device, dtype=dtype if low else None, enabled=low):
+            return nn.functional.cross_entropy(call(images), labels)
+
+    return forward
+
+
+def _step(model: nn.Module, forward: Callable[[], Tensor]) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
+
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast(device, dtype=dtype if low else None, enabled=low):
-            loss = nn.functional.cross_entropy(forward(images), labels)
-        loss.backward()
+        forward().backward()
         optimizer.step()
 
     return step
@@ -262,8 +278,8 @@ def _record_shares(model: StochasticDepthNet, batch: int, cost: Any) -> list[flo
     return shares
 
 
-def _saved_bytes(step: Callable[[], None], model: nn.Module) -> int:
-    """Distinct bytes that one step keeps for backward."""
+def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """Distinct bytes, parameters and buffers excluded, that a forward pass keeps for backward."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
 
@@ -272,7 +288,7 @@ def _saved_bytes(step: Callable[[], None], model: nn.Module) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
+        forward()
     return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
 
 
@@ -287,7 +303,7 @@ def table(settings: Settings, rows: Sequence[Row]) -> str:
         f'{environment()}',
         '',
         f'{"":<34}{"mean ms":>9}{"median":>9}{"spread":>9}{"ratio":>8}{"median":>8}{"no luck":>9}'
-        f'{"FLOPs":>8}{"to timm":>9}{"saved":>8}',
+        f'{"FLOPs":>8}{"to timm":>9}{"saved":>8}{"most":>8}',
     ]
     for row in rows:
         quartiles = statistics.quantiles(row.seconds, n=4)
@@ -298,13 +314,14 @@ def table(settings: Settings, rows: Sequence[Row]) -> str:
             f'{(quartiles[2] - quartiles[0]) * 1e3:>9.1f}{ratio:>8.3f}'
             f'{_ratio(row, constant, statistics.median):>8.3f}{_text(luck, 9)}{_text(row.bound, 8)}'
             f'{_text(None if drop_path is None else _ratio(row, drop_path, statistics.fmean), 9)}'
-            f'{row.saved_bytes / constant.saved_bytes:>8.3f}'
+            f'{statistics.fmean(row.saved_bytes) / constant.saved_bytes[0]:>8.3f}'
+            f'{max(row.saved_bytes) / constant.saved_bytes[0]:>8.3f}'
         )
     lines += [
         '',
         'ratio, median: of step times to constant depth; no luck: the ratio, less what the draw left out or added;',
         "FLOPs: share of FLOPs left on average, the bound; to timm: ratio to timm's drop_path_rate;",
-        'saved: bytes kept for backward, as a share of constant depth',
+        'saved, most: bytes kept for backward on average and at most, as a share of constant depth',
     ]
     return '\n'.join(lines)
 

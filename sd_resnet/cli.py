@@ -88,11 +88,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--size', type=_positive, metavar='PX', help="height and width (the model's)")
     sub.add_argument('--drop-path', type=float, default=0.5, metavar='RATE', help='1 - p_L (%(default)s)')
     sub.add_argument('--steps', type=_positive, default=60, metavar='N', help='of each contestant (%(default)s)')
+    sub.add_argument(
+        '--saved-steps', type=_positive, default=200, metavar='N', help='to count bytes kept for backward (%(default)s)'
+    )
     sub.add_argument('--precision', default='float32', choices=('float32', 'bfloat16', 'float16'))
     sub.add_argument('--channels-last', action='store_true', help='memory format of images and weights')
     sub.add_argument('--compile', action='store_true', help='run every contestant through torch.compile')
     sub.add_argument('--device', default='cpu', help='for example cuda (%(default)s)')
     sub.add_argument('--modes', nargs='+', default=('batch', 'row', 'subset'), choices=('batch', 'row', 'subset'))
+    sub.add_argument(
+        '--peers', nargs='*', default=('timm', 'torchvision'), choices=('timm', 'torchvision'), help='drop paths (both)'
+    )
     sub.add_argument('--others', nargs='+', default=(), metavar='NAME', help='further timm models to measure')
     sub.add_argument('--json', type=Path, metavar='FILE', help="write every step's time")
     sub.add_argument('--plot', type=Path, metavar='FILE', help='draw a bar chart')
@@ -165,6 +171,8 @@ def _bench(args: argparse.Namespace) -> None:
         device=args.device,
         others=tuple(args.others),
         modes=tuple(args.modes),
+        peers=tuple(args.peers),
+        saved_steps=args.saved_steps,
     )
     rows = bench.run(settings)
     print(bench.table(settings, rows))

@@ -1,0 +1,80 @@
+"""What `sd-resnet bench` and `growth` count. Their times are no test's business."""
+
+import statistics
+
+import pytest
+import timm
+import torch
+
+from sd_resnet import bench
+
+from .conftest import NARROW, images, make
+
+SMALL = dict(model='sd_resnet20_cifar', batch=4, size=16, steps=2, saved_steps=3)
+
+
+def _saved(model, x):
+    return bench.saved_bytes(model, lambda: model(x).sum())
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['contiguous', 'channels_last'])
+def test_subset_mode_never_keeps_more_for_backward_than_constant_depth(layout):
+    constant = timm.create_model('resnet50', num_classes=10, **NARROW).train().to(memory_format=layout)
+    subset = make('sd_resnet50', train=True, drop_path_mode='subset').to(memory_format=layout)
+    x = images(16, 64).to(memory_format=layout)
+    limit = _saved(constant, x)
+    shares = [_saved(subset, x) / limit for _ in range(25)]  # other windows, some of them wrapping, in every step
+    assert max(shares) < 0.95
+    assert max(shares) - min(shares) < 0.02
+
+
+def test_batch_mode_keeps_less_for_backward_by_what_its_dropped_blocks_would_have_kept():
+    constant = timm.create_model('resnet50', num_classes=10).train()
+    model = make('sd_resnet50', train=True, full=True)
+    x = images(2, 96)
+    limit, blocks = _saved(constant, x), len(model.survival_probs)
+
+    def with_dropped(*dropped):
+        model.draw = lambda x: [index not in dropped for index in range(blocks)]
+        return _saved(model, x)
+
+    assert with_dropped() == limit
+    savings = [limit - with_dropped(index) for index in range(blocks)]
+    assert all(saving > 0 for saving in savings)
+    expected = 1 - sum((1 - p) * saving for p, saving in zip(model.survival_probs, savings)) / limit
+    assert expected == pytest.approx(0.862, abs=0.004)  # nothing of a dropped block's branch is kept
+
+
+def test_a_run_counts_what_it_says():
+    rows = {row.name: row for row in bench.run(bench.Settings(**SMALL), progress=False)}
+    assert set(rows) == {bench.CONSTANT, *(f'sd_resnet20_cifar, {mode}' for mode in ('batch', 'row', 'subset'))}
+    assert all(len(row.seconds) == 2 for row in rows.values())
+    batch, row, subset = (rows[f'sd_resnet20_cifar, {mode}'] for mode in ('batch', 'row', 'subset'))
+    assert batch.bound == subset.bound == pytest.approx(0.727, abs=0.001)
+    assert row.bound == row.observed == 1
+    assert subset.observed == pytest.approx(subset.bound, abs=0.06)  # rounding to whole rows, the same in every step
+    assert len(batch.saved_bytes) == len(subset.saved_bytes) == 3
+    table = bench.table(bench.Settings(**SMALL), list(rows.values()))
+    assert all(name in table for name in rows)
+
+
+def test_imagenet_networks_are_measured_beside_timms_and_torchvisions_drop_path():
+    settings = bench.Settings(model='sd_resnet18', batch=2, size=32, steps=2, saved_steps=1, modes=('batch',))
+    rows = bench.run(settings, progress=False)
+    assert [row.name for row in rows] == [bench.CONSTANT, bench.TIMM, bench.TORCHVISION, 'sd_resnet18, batch']
+
+
+def test_growth_measures_every_rate_of_every_depth():
+    settings = bench.Settings(batch=2, size=16, steps=2)
+    growths = bench.grow(settings, ['sd_resnet20_cifar', 'sd_resnet32_cifar'], [0.8, 0.0], progress=False)
+    assert [(g.model, round(g.survival_prob, 6)) for g in growths] == [
+        (model, p) for model in ('sd_resnet20_cifar', 'sd_resnet32_cifar') for p in (0.2, 1.0)
+    ]
+    assert [g.bound for g in growths][1::2] == [1, 1]
+    assert all(g.ratio == statistics.fmean(g.seconds) / statistics.fmean(g.constant_seconds) for g in growths)
+    assert 'sd_resnet32_cifar' in bench.growth_table(settings, growths)
+
+
+def test_wrong_precision_is_refused():
+    with pytest.raises(ValueError, match="precision must be 'float32', 'bfloat16' or 'float16', got 'int8'"):
+        bench.run(bench.Settings(**SMALL, precision='int8'))
