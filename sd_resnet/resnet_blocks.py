@@ -77,8 +77,8 @@ class ResidualBlock(nn.Module):
         return x
 
     def decides_per_batch(self) -> bool:
-        """Does it train, drop, and decide for the whole mini-batch?"""
-        return self.training and self.drop_path.drops and self.drop_path.mode == 'batch'
+        """Does it train, and decide for the whole mini-batch?"""
+        return self.training and self.drop_path.per_batch
 
     @forward_by_mode
     def forward(self, x: Tensor, decision: Decision = None) -> Tensor:

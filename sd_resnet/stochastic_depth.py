@@ -30,6 +30,7 @@ class _Scriptable(DropPath):
     """`StochasticDepth` as TorchScript sees it: `survival_prob` is the travelling scalar, not the Python number."""
 
     __jit_unused_properties__ = ('drop_prob', 'test_scale')
+    per_batch = False  # it decides nothing: the gate is one more factor
 
     if TYPE_CHECKING:
         p_l: float
@@ -127,6 +128,11 @@ class StochasticDepth(_Scriptable):
     def survival_prob(self) -> float:
         """p_l."""
         return self.p_l
+
+    @property
+    def per_batch(self) -> bool:  # type: ignore[override]
+        """Does it take decisions, one for a whole mini-batch?"""
+        return self.drops and self.mode == 'batch'
 
     @property
     def test_scale(self) -> float:
