@@ -8,7 +8,6 @@ out of the compiler, and what they call is compiled frame by frame.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,24 +15,43 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-# Decorates a method whose own frame is not compiled, while the functions that it calls are.
-outside_compiler: Any = partial(torch.compiler.disable, recursive=False)
+
+def twin(function: Any) -> Any:
+    """The same function with a code object of its own, by which the compiler knows a function."""
+    copy = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__annotations__ = function.__annotations__
+    return copy
+
+
+def outside_compiler(function: Any) -> Any:
+    """Decorates a method whose own frame is not compiled, while the functions that it calls are."""
+    return torch.compiler.disable(twin(function), recursive=False)
 
 
 class forward_by_mode:
     """Decorates a module's `forward`, whose frame is kept out of the compiler while `decides_per_batch()`.
 
-    `Module.__call__` looks `forward` up, so this is the one place that its hooks and a compiler both pass.
+    `Module.__call__` looks `forward` up, so this is the one place that its hooks and a compiler both pass. Older
+    compilers follow an attribute of the module, and not `function.__get__`.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
-        self.inside = forward
-        self.outside = outside_compiler(forward)
+        self.forward = forward
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        owner._forward_inside = self.forward  # type: ignore[attr-defined]
+        owner._forward_outside = outside_compiler(self.forward)  # type: ignore[attr-defined]
 
     def __get__(self, module: Any, owner: Any = None) -> Any:
         if module is None:
-            return self.inside
-        return (self.outside if module.decides_per_batch() else self.inside).__get__(module)
+            return self.forward
+        return module._forward_outside if module.decides_per_batch() else module._forward_inside
 
 
 _twins: WeakKeyDictionary[nn.Module, dict[str, Callable[..., Any]]] = WeakKeyDictionary()
@@ -47,6 +65,5 @@ def own_code(module: nn.Module, method: str) -> Callable[..., Any]:
     """
     twins = _twins.setdefault(module, {})
     if method not in twins:
-        function = getattr(type(module), method)
-        twins[method] = FunctionType(function.__code__.replace(), function.__globals__, method)
+        twins[method] = twin(getattr(type(module), method))
     return twins[method]
