@@ -37,11 +37,15 @@ class Checkpoint:
         state_dict: Names and tensors, without the prefixes of DDP and `torch.compile`.
         architecture: The model's name, if the file states it.
         model_args: The `--model-kwargs` of timm's `train.py`.
+        epoch: The epoch that it was written after, if the file states it; the first is 0.
+        averaged: Are these the averaged weights (EMA) of a file that holds both?
     """
 
     state_dict: dict[str, Tensor]
     architecture: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
+    epoch: int | None = None
+    averaged: bool = False
 
 
 def read_checkpoint(path: str | Path, use_ema: bool = True) -> Checkpoint:
@@ -83,6 +87,8 @@ def read_checkpoint(path: str | Path, use_ema: bool = True) -> Checkpoint:
                 clean_state_dict(dict(tensors)),
                 getattr(args, 'model', None) or (None if wrapped is None else content.get('arch')),
                 dict(getattr(args, 'model_kwargs', None) or {}),
+                None if wrapped is None else content.get('epoch'),
+                wrapped in ('state_dict_ema', 'model_ema'),
             )
     raise ValueError(f'{path} holds no state dict')
 
@@ -121,6 +127,8 @@ def to_resnet(model: nn.Module) -> nn.Module:
     for name in [name for name in plain.__dict__ if name.startswith('drop_path_') or name == '_shared_generator']:
         delattr(plain, name)
     plain.__class__ = ResNet
+    if hasattr(plain, '_model_args'):  # what timm's exports say that the network was built with
+        plain._model_args = {k: v for k, v in plain._model_args.items() if not k.startswith('drop_path')}
     cfg = getattr(plain, 'pretrained_cfg', None)
     if cfg is not None:
         plain.pretrained_cfg = plain.default_cfg = {**cfg, 'architecture': cfg['architecture'].removeprefix('sd_')}
@@ -156,14 +164,16 @@ def export(path: str | Path, out: str | Path, architecture: str | None = None, u
         names = timm.list_models(module='resnet_imagenet' if 'layer4.0.conv1.weight' in state_dict else 'resnet_cifar')
     for name in names:
         try:
-            model = _build(name, state_dict, checkpoint.model_args)
+            own = {key: value for key, value in checkpoint.model_args.items() if not key.startswith('drop_path')}
+            with torch.device('meta'):  # at rate 0, where loading folds the survival probabilities in
+                model = build(name, state_dict, {**own, 'drop_path_rate': 0.0})
             model.load_state_dict(state_dict, assign=True)
             break
         except (RuntimeError, TypeError, KeyError, AttributeError) as error:
             reason = ' '.join(str(error).split())[:200]
     else:
         if recorded is None:
-            raise ValueError(f"{path} fits none of this package's architectures ({', '.join(_candidates())})")
+            raise ValueError(f"{path} fits none of this package's architectures ({', '.join(architectures())})")
         raise ValueError(f'{path} is not a checkpoint of {names[0]}: {reason}')
     save_tensors(model.state_dict(), out)
     return name.removeprefix('sd_') if isinstance(model, StochasticResNet) else name
@@ -181,24 +191,27 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _own_name(architecture: str) -> str:
-    name = architecture.split('.')[0]
-    for candidate in (name, f'sd_{name}'):
-        if candidate in _candidates():
-            return candidate
-    raise ValueError(f'architecture must be one of {", ".join(_candidates())}, got {architecture!r}')
-
-
-def _candidates() -> list[str]:
+def architectures() -> list[str]:
+    """The names of this package's models."""
     return [name for module in ('resnet_cifar', 'resnet_imagenet') for name in timm.list_models(module=module)]
 
 
-def _build(name: str, state_dict: Mapping[str, Tensor], model_args: Mapping[str, Any]) -> nn.Module:
-    """The network at rate 0, where loading folds the checkpoint's survival probabilities in, on the meta device."""
+def build(name: str, state_dict: Mapping[str, Tensor], model_args: Mapping[str, Any]) -> Any:
+    """A new network with as many input channels and classes as the state dict has.
+
+    Args:
+        name: One of `architectures()`.
+        state_dict: Of such a network.
+        model_args: Further arguments for `timm.create_model`.
+    """
     stem = state_dict['conv1.weight' if 'conv1.weight' in state_dict else 'conv1.0.weight']
     classes = state_dict['fc.weight'].shape[0] if 'fc.weight' in state_dict else 0
-    own = {key: value for key, value in model_args.items() if not key.startswith('drop_path')}
-    with torch.device('meta'):
-        return timm.create_model(
-            name, **{**own, 'in_chans': stem.shape[1], 'num_classes': classes, 'drop_path_rate': 0.0}
-        )
+    return timm.create_model(name, **{**model_args, 'in_chans': stem.shape[1], 'num_classes': classes})
+
+
+def _own_name(architecture: str) -> str:
+    name = architecture.split('.')[0]
+    for candidate in (name, f'sd_{name}'):
+        if candidate in architectures():
+            return candidate
+    raise ValueError(f'architecture must be one of {", ".join(architectures())}, got {architecture!r}')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f'\nsd-resnet {args.command}: interrupted; {error}'.rstrip('; '), file=sys.stderr)
         return 1
+    except _UsageError as error:
+        print(f'sd-resnet {args.command}: error: {error}', file=sys.stderr)
+        return 2
     except Exception as error:
         if args.debug:
             raise
@@ -32,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog='sd-resnet', description='ResNets with stochastic depth for timm: try, look at, measure and export them.'
+        prog='sd-resnet',
+        description='ResNets with stochastic depth for timm: try, look at, measure, export and publish them.',
     )
     parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     common = argparse.ArgumentParser(add_help=False)
@@ -130,6 +135,45 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--out', type=Path, required=True, metavar='FILE', help='safetensors file to write')
     sub.add_argument('--model', metavar='NAME', help='architecture, where the checkpoint does not tell')
     sub.add_argument('--no-ema', action='store_true', help='take the raw weights where averaged ones are there too')
+
+    sub = command(
+        'push',
+        'publish a training run on the Hugging Face Hub: weights, card and record in one commit, verified',
+        'push output/train/RUN --repo-id me/sd_resnet50.mine --license apache-2.0 --dataset ILSVRC/imagenet-1k',
+        _push,
+    )
+    sub.add_argument(
+        'source',
+        type=Path,
+        nargs='?',
+        metavar='DIR',
+        help="run folder of timm's train.py, or a finished repository folder",
+    )
+    sub.add_argument('--repo-id', metavar='USER/NAME', help='created if it does not exist')
+    sub.add_argument('--all', action='store_true', help='publish every entry of --repos instead of DIR')
+    sub.add_argument(
+        '--repos', type=Path, default=Path('hub/repos.yaml'), metavar='FILE', help='what is where (%(default)s)'
+    )
+    sub.add_argument(
+        '--dry-run', type=Path, metavar='OUT', help='write what would be sent to a new folder, send nothing'
+    )
+    sub.add_argument('--checkpoint', metavar='FILE', help='in DIR (model_best.pth.tar, else last.pth.tar)')
+    sub.add_argument('--no-ema', action='store_true', help='take the raw weights where averaged ones are there too')
+    sub.add_argument('--plain', action='store_true', help='fold into an ordinary timm ResNet that needs no plugin')
+    sub.add_argument('--license', metavar='NAME', help="the weights' licence by its name on the Hub")
+    sub.add_argument('--dataset', metavar='NAME', help="the data set's name on the Hub")
+    sub.add_argument('--private', action='store_true', help='readable with your token only')
+    sub.add_argument('--revision', metavar='BRANCH', help='created if it does not exist (main)')
+    sub.add_argument('--message', metavar='TEXT', help='of the commit')
+
+    sub = command(
+        'verify',
+        "check a repository's or folder's hashes, tensors, configuration and outputs",
+        'verify me/sd_resnet50.mine@main --fix',
+        _verify,
+    )
+    sub.add_argument('target', metavar='REPO[@REVISION]|DIR', help='for example timm/resnet50.a1_in1k')
+    sub.add_argument('--fix', action='store_true', help='download damaged files of the cache again')
     return parser
 
 
@@ -210,6 +254,59 @@ def _export(args: argparse.Namespace) -> None:
     print(
         f'wrote {args.out}; load it with timm.create_model({architecture!r}{rate}, checkpoint_path={str(args.out)!r})'
     )
+
+
+def _push(args: argparse.Namespace) -> None:
+    from . import hub
+
+    written = ('checkpoint', 'no_ema', 'plain', 'license', 'dataset')
+    if args.all:
+        _refuse(args, '--all', 'source', 'repo_id', 'revision', 'private', *written)
+    elif args.source is None or args.repo_id is None:
+        raise _UsageError('give DIR and --repo-id USER/NAME, or --all')
+    elif args.dry_run:
+        _refuse(args, '--dry-run', 'private', 'revision', 'message')
+
+    def send(source: Path, repo_id: str, private: bool) -> None:
+        if args.dry_run:
+            out = args.dry_run / repo_id.split('/')[-1] if args.all else args.dry_run
+            print(
+                f'wrote {hub.prepare(source, out, repo_id, **options)}, nothing was sent; look at it, and load it with'
+            )
+            print(f"  timm.create_model('local-dir:{out}', pretrained=True)")
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            ready = hub.prepare(source, Path(folder) / repo_id.split('/')[-1], repo_id, **options)
+            done = hub.push(ready, repo_id, private=private, revision=args.revision, message=args.message)
+        print(f'{"url" if done.changed else "no change"}  {done.url}\nrevision   {done.revision}')
+        print(f'sha256     {done.sha256}  model.safetensors\nload it    {done.line}')
+
+    options = {name: getattr(args, name) for name in written}
+    if args.all:
+        entries = hub.read_listing(args.repos)
+        print(f'{args.repos}: {len(entries)} to publish')
+        for folder, repo_id, private in entries:
+            send(folder, repo_id, private)
+    else:
+        send(args.source, args.repo_id, args.private)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from .verification import verify
+
+    verify(args.target, args.fix)
+
+
+class _UsageError(Exception):
+    """Wrong usage that argparse cannot see."""
+
+
+def _refuse(args: argparse.Namespace, option: str, *names: str) -> None:
+    for name in names:
+        if getattr(args, name):
+            raise _UsageError(
+                f'{name if name == "source" else "--" + name.replace("_", "-")} does not go with {option}'
+            )
 
 
 def _positive(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from .checkpoints import architectures
 from .resnet_base import StochasticDepthNet
 from .schedules import Schedule
 
@@ -81,18 +83,31 @@ def network_cost(
     Raises:
         ValueError: An argument is outside what is allowed.
     """
-    names = [name for module in ('resnet_cifar', 'resnet_imagenet') for name in timm.list_models(module=module)]
+    names = architectures()
     if architecture.split('.')[0] not in names:
         raise ValueError(f'model must be one of {", ".join(names)}, got {architecture!r}')
     with torch.device('meta'):
-        model: Any = timm.create_model(architecture, drop_path_rate=drop_path_rate, drop_path_schedule=schedule).eval()
-        channels, default_size, _ = model.default_cfg['input_size']
-        size = image_size or default_size
-        if size < 1:
-            raise ValueError(f'image size must be at least 1 pixel, got {size}')
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.empty(1, channels, size, size))
-    return _collect(architecture, size, model, counter)
+        model: Any = timm.create_model(architecture, drop_path_rate=drop_path_rate, drop_path_schedule=schedule)
+    return model_cost(model, image_size or model.default_cfg['input_size'][-1])
+
+
+def model_cost(model: Any, image_size: int) -> NetworkCost:
+    """The same of a network that is there already.
+
+    Args:
+        model: Of this package; it is not touched.
+        image_size: Height and width in pixels.
+
+    Raises:
+        ValueError: `image_size` is not positive.
+    """
+    if image_size < 1:
+        raise ValueError(f'image size must be at least 1 pixel, got {image_size}')
+    shape = (1, model.pretrained_cfg['input_size'][0], image_size, image_size)
+    model = copy.deepcopy(model).to('meta').eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(shape, device='meta'))
+    return _collect(model.pretrained_cfg['architecture'], image_size, model, counter)
 
 
 def _collect(architecture: str, size: int, model: StochasticDepthNet, counter: FlopCounterMode) -> NetworkCost:

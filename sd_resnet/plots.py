@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,30 +127,51 @@ def plot_growth(settings: Settings, growths: Sequence[Growth], path: Path) -> No
     save_figure(figure, path)
 
 
+def plot_training(epochs: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draw a run's losses and accuracies per epoch, as far as `summary.csv` has them."""
+    figure, ((losses, accuracies),) = new_figure(2)
+    _draw_training(losses, accuracies, epochs, KEPT, 'top 1')
+    if all('eval_top5' in epoch for epoch in epochs) and any(epoch['eval_top5'] < 100 for epoch in epochs):
+        top5 = [epoch['eval_top5'] for epoch in epochs]
+        accuracies.plot(range(1, len(epochs) + 1), top5, '--', color=KEPT, label='top 5')
+    for axis in (losses, accuracies):
+        if axis.has_data():
+            axis.legend(fontsize=8, frameon=False)
+    save_figure(figure, path)
+
+
+def _draw_training(
+    losses: Any, accuracies: Any, epochs: Sequence[Mapping[str, float]], color: str, title: str, named: bool = True
+) -> None:
+    for axis, key, style, label in (
+        (losses, 'train_loss', '--', 'training images' if named else None),
+        (losses, 'eval_loss', '-', 'test images' if named else None),
+        (accuracies, 'eval_top1', '-', title),
+    ):
+        if all(key in epoch for epoch in epochs):
+            marker = 'o' if len(epochs) == 1 else None  # one point makes no line
+            values = [epoch[key] for epoch in epochs]
+            axis.plot(range(1, len(epochs) + 1), values, style, marker=marker, color=color, label=label)
+    losses.set_yscale('log')
+    losses.set_ylabel('cross entropy')
+    accuracies.set_ylabel('test accuracy (%)')
+    for axis in (losses, accuracies):
+        axis.set_xlabel('epoch')
+
+
 def plot_quickstart(results: Sequence[Result], path: Path) -> None:
     """Draw losses and accuracy per epoch, and how often each block survived beside its survival probability."""
     figure, ((losses, accuracies, survival),) = new_figure(3)
     for result, color in zip(results, (KEPT, OTHER)):
-        epochs = range(1, len(result.history) + 1)
-        first = result is results[0]
-        for axis, key, style, label in (
-            (losses, 'train_loss', '--', 'training images' if first else None),
-            (losses, 'eval_loss', '-', 'test images' if first else None),
-            (accuracies, 'eval_top1', '-', result.title),
-        ):
-            axis.plot(epochs, [epoch[key] for epoch in result.history], style, color=color, label=label)
-    losses.set_yscale('log')
-    losses.set_ylabel('cross entropy')
-    accuracies.set_ylabel('test accuracy (%)')
+        _draw_training(losses, accuracies, result.history, color, result.title, result is results[0])
     best = max(epoch['eval_top1'] for result in results for epoch in result.history)
     accuracies.set_ylim(min(90.0, best - 5), 100.2)
     final = results[0].history[-1]['eval_top1']
     accuracies.annotate(
         f'{final:.2f} %', (len(results[0].history), final), (0, -28), textcoords='offset points', ha='right', fontsize=9
     )
-    for axis in (losses, accuracies):
-        axis.set_xlabel('epoch')
-        axis.legend(fontsize=8, frameon=False, loc='upper right' if axis is losses else 'center right')
+    losses.legend(fontsize=8, frameon=False, loc='upper right')
+    accuracies.legend(fontsize=8, frameon=False, loc='center right')
 
     result = results[0]
     steps = sum(epoch['steps'] for epoch in result.history)

@@ -8,7 +8,6 @@ far travels inside the checkpoint.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,9 +18,7 @@ from typing import Any
 import timm
 import torch
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.data import create_dataset, create_loader
-from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, CheckpointSaver, ModelEmaV3, accuracy, random_seed
@@ -29,9 +26,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoints import read_checkpoint
+from .hub import write_repository
 from .plots import plot_quickstart
+from .records import read_run
 
 ARCHITECTURE = 'sd_resnet20_cifar'
+REPO_ID = f'USER/{ARCHITECTURE}.digits'  # of the card, for whoever publishes it
 IMAGES = 1797
 SIZE = 16  # pixels; the digits have 8, and 32 would cost four times as much without being more accurate
 RECIPE: dict[str, Any] = dict(
@@ -51,6 +51,8 @@ RECIPE: dict[str, Any] = dict(
     ratio=[0.85, 1.2],
     hflip=0.0,
     color_jitter=0.0,
+    crop_pct=1.0,
+    interpolation='bilinear',
     model_ema_decay=0.99,
 )
 
@@ -121,7 +123,7 @@ def run(
     test = _loader(data, train=False)
     logits, labels = predict(result.model, test)
     reached = _percent(logits, labels)
-    repository = publish(result, out / 'hub', out / 'run' / 'summary.csv', reached, seed)
+    repository = write_repository(read_run(out / 'run'), out / 'hub', REPO_ID, license='apache-2.0')
     loaded = timm.create_model(f'local-dir:{repository}', pretrained=True).eval()
     logits_again, _ = predict(loaded, test)
     if not torch.equal(logits, logits_again):
@@ -137,6 +139,7 @@ def run(
     print(f'after reloading {_percent(logits_again, labels):.2f} %')
     print(f'\npicture    {out / "quickstart.png"}\nweights    {repository}')
     print(f"load them  timm.create_model('local-dir:{repository}', pretrained=True)")
+    print(f'publish    sd-resnet push {out / "run"} --repo-id {REPO_ID}')
     print(f"\nnext, in a clone of timm's repository:\n{train_command(data, epochs)}")
 
 
@@ -177,7 +180,18 @@ def train(
 ) -> Result:
     """Train to the end, from where `folder`'s last checkpoint is."""
     args = argparse.Namespace(
-        model=ARCHITECTURE, model_kwargs=model_args, num_classes=10, epochs=epochs, seed=seed, history=[], **RECIPE
+        model=ARCHITECTURE,
+        model_kwargs=model_args,
+        model_ema=True,
+        num_classes=10,
+        label_names=[str(digit) for digit in range(10)],
+        dataset='digits of scikit-learn, every fifth of a class for the test',
+        val_split='validation',
+        epochs=epochs,
+        seed=seed,
+        hardware='CPU, one thread',
+        history=[],
+        **RECIPE,
     )
     random_seed(seed)
     model: Any = timm.create_model(ARCHITECTURE, num_classes=10, **model_args)
@@ -251,67 +265,6 @@ def predict(model: nn.Module, loader: Any) -> tuple[Tensor, Tensor]:
     return torch.cat(logits), torch.cat(labels)
 
 
-def publish(result: Result, folder: Path, record: Path, reached: float, seed: int) -> Path:
-    """A folder laid out like a repository of the Hugging Face Hub: weights, configuration, card, record."""
-    model, part = result.model, folder.with_name(f'{folder.name}.part')
-    shutil.rmtree(part, ignore_errors=True)
-    model.pretrained_cfg = {
-        **model.pretrained_cfg,
-        'input_size': (3, SIZE, SIZE),
-        'pool_size': (SIZE // 4, SIZE // 4),
-        'mean': tuple(RECIPE['mean']),
-        'std': tuple(RECIPE['std']),
-    }
-    model_args = {
-        'drop_path_rate': 1 - result.survival_probs[-1],
-        'drop_path_schedule': model.drop_path_schedule,
-        'drop_path_mode': model.drop_path_mode,
-        'drop_path_rescale': model.drop_path_rescale,
-    }
-    names = [str(digit) for digit in range(10)]
-    save_for_hf(model, str(part), {'label_names': names}, model_args=model_args, safe_serialization=True)
-    config = json.loads((part / 'config.json').read_text())
-    config['pretrained_cfg']['hf_hub_filename'] = 'model.safetensors'  # else a failing request falls back to a pickle
-    (part / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
-    shutil.copy(record, part)
-    _card(result, reached, seed).save(part / 'README.md')
-    shutil.rmtree(folder, ignore_errors=True)
-    return part.replace(folder)
-
-
-def _card(result: Result, reached: float, seed: int) -> ModelCard:
-    data = ModelCardData(
-        library_name='timm',
-        pipeline_tag='image-classification',
-        license='apache-2.0',
-        tags=['image-classification', 'timm', 'stochastic-depth'],
-        model_name=ARCHITECTURE,
-        eval_results=[
-            EvalResult(
-                task_type='image-classification',
-                dataset_type='digits',
-                dataset_name='digits of scikit-learn',
-                metric_type='accuracy',
-                metric_value=round(reached, 2),
-            )
-        ],
-    )
-    probs = ', '.join(f'{p:.3f}' for p in result.survival_probs)
-    return ModelCard(f"""---
-{data.to_yaml()}
----
-# {ARCHITECTURE}, trained on digits
-
-Needs the plugin: `pip install sd-resnet`, then
-`timm.create_model('local-dir:FOLDER', pretrained=True)`.
-
-- Data: scikit-learn's digits, every fifth image of a class held out for the test.
-- Test accuracy: {reached:.2f} %, averaged weights of the last epoch.
-- Survival probabilities: {probs}.
-- Training: {len(result.history)} epochs, seed {seed} on a CPU; losses and accuracy per epoch in `summary.csv`.
-""")
-
-
 def train_command(data: Path, epochs: int) -> str:
     """The same training with timm's own script."""
     flags = ' '.join(
@@ -337,8 +290,8 @@ def _loader(data: Path, train: bool) -> Any:
         std=RECIPE['std'],
         num_workers=0,  # in this process, so that one seed rules all
         persistent_workers=False,
-        crop_pct=1.0,
-        interpolation='bilinear',
+        crop_pct=RECIPE['crop_pct'],
+        interpolation=RECIPE['interpolation'],
         device=torch.device('cpu'),
         **(augmentation if train else {}),
     )
