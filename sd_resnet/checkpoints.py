@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import pickle
+import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ def read_checkpoint(path: str | Path, use_ema: bool = True) -> Checkpoint:
     except pickle.UnpicklingError as error:
         allowed = 'only tensors, plain Python values and argparse.Namespace are allowed in a checkpoint'
         raise ValueError(f'{path} was refused: it is damaged, or needs more than that: {allowed}') from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+    except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError, struct.error) as error:
         reason = str(error).strip().partition('\n')[0]
         raise ValueError(f'{path} cannot be read, it is damaged or not a checkpoint: {reason}') from error
 

@@ -19,7 +19,7 @@ from typing import Any
 import timm
 import torch
 import yaml
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -174,8 +174,8 @@ def explain(error: BaseException, name: str) -> str:
     """One line, cause and cure, for what the Hub's client raised."""
     repo_id, _, revision = name.partition('@')
     hub = constants.ENDPOINT
-    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-        return explain(error.__cause__, name)
+    while error.__cause__ is not None and not isinstance(error, HfHubHTTPError) and not _is_of_the_network(error):
+        error = error.__cause__  # the client wraps what happened in advice of its own
     if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
         reason = 'HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else f'{hub} cannot be reached'
         cure = 'unset it' if constants.HF_HUB_OFFLINE else 'restore the connection'
@@ -198,9 +198,14 @@ def explain(error: BaseException, name: str) -> str:
         if status in (409, 412):
             return f'someone else changed {repo_id} meanwhile ({status}), nothing of yours is in it; push again'
         return f'{hub} answered {status} to {path}; the fault is there: try again later'
-    if type(error).__module__.partition('.')[0] in ('httpx', 'httpcore', 'requests', 'urllib3'):
+    if _is_of_the_network(error):
         return f'{hub} cannot be reached or broke off ({type(error).__name__}); check the connection, and try again'
     return f'{name}: {_line(error)}; try again'
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    clients = ('httpx', 'httpcore', 'requests', 'urllib3')
+    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(clients)
 
 
 def _fetch(name: str, fix: bool, report: Report) -> tuple[Path, str]:
@@ -214,7 +219,7 @@ def _fetch(name: str, fix: bool, report: Report) -> tuple[Path, str]:
         if isinstance(error, HFValidationError):
             raise
         try:
-            folder = Path(snapshot_download(repo_id, revision=revision or None, local_files_only=True))
+            folder = Path(hf_hub_download(repo_id, CONFIG, revision=revision or None, local_files_only=True)).parent
         except LocalEntryNotFoundError:
             raise error from None
         report(f'offline      {explain(error, name)}: only the copy in the cache is checked')
@@ -226,7 +231,7 @@ def _fetch(name: str, fix: bool, report: Report) -> tuple[Path, str]:
     recorded = {file: digest for file, digest in hashes.items() if digest and not _other_weights(file)}
 
     def fetch(file: str, force: bool = False) -> Path:
-        return Path(hf_hub_download(repo_id, file, revision=info.sha, force_download=force))
+        return Path(hf_hub_download(repo_id, file, revision=revision or None, force_download=force))
 
     config = fetch(CONFIG).parent if CONFIG in recorded else None
     _check_names(set(hashes), _read_config_if_there(config), full)

@@ -1,10 +1,17 @@
 """What several test files need: small networks with weights and statistics that a mistake would show in."""
 
+import argparse
+
 import pytest
 import timm
 import torch
+import yaml
+from huggingface_hub import constants
+from timm.utils import CheckpointSaver, ModelEmaV3
 
 import sd_resnet  # noqa: F401
+
+from .loopback import Hub
 
 torch.set_num_threads(1)  # the networks are small, and other work may run beside
 
@@ -58,3 +65,70 @@ def count_calls(blocks):
         block.conv1.register_forward_hook(lambda m, i, o, index=index: forward[index].append(o.shape[0]))
         block.conv1.register_full_backward_hook(lambda m, i, o, index=index: backward[index].append(o[0].shape[0]))
     return forward, backward
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A Hub on 127.0.0.1, an empty cache, and a token; the client reads its environment only when it is imported."""
+    with Hub(tmp_path / 'server') as running:
+        monkeypatch.setattr(constants, 'ENDPOINT', running.url)
+        monkeypatch.setattr(
+            constants, 'HUGGINGFACE_CO_URL_TEMPLATE', running.url + '/{repo_id}/resolve/{revision}/{filename}'
+        )
+        monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+        for name, value in running.environment.items():
+            monkeypatch.setenv(name, value)
+        yield running
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    return write_run(tmp_path / 'run')
+
+
+def write_run(folder, name='sd_resnet18', epochs=(41.5, 52.25), seed=0, **kwargs):
+    """What timm's `train.py` leaves: args.yaml, summary.csv, and the last and best checkpoint with an average."""
+    folder.mkdir()
+    torch.manual_seed(seed)
+    narrow = {} if 'cifar' in name else NARROW
+    model = make(name, **kwargs)
+    args = argparse.Namespace(
+        model=name,
+        model_kwargs={'zero_init_last': False, **narrow, **{k: v for k, v in kwargs.items() if k != 'drop_path_rate'}},
+        drop_path=kwargs.get('drop_path_rate'),
+        num_classes=10,
+        img_size=32,
+        mean=[0.4, 0.5, 0.6],
+        crop_pct=0.9,
+        data_dir=str(folder.parent / 'somebody' / 'images'),
+        lr=0.05,
+        opt='sgd',
+        model_ema=True,
+        model_ema_decay=0.9,
+        seed=42,
+        val_split='validation',
+    )
+    (folder / 'args.yaml').write_text(yaml.safe_dump(vars(args)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    average = ModelEmaV3(model, decay=0.5)
+    saver = CheckpointSaver(model, optimizer, args, average, checkpoint_dir=str(folder), max_history=2)
+    lines = ['epoch,train_loss,eval_loss,eval_top1,eval_top5,lr']
+    for epoch, accuracy in enumerate(epochs):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.003)
+        average.update(model)
+        saver.save_checkpoint(epoch, accuracy)
+        lines.append(f'{epoch},{2 - epoch / 8},{2.125 - epoch / 8},{accuracy},{accuracy + 30},0.05')
+    (folder / 'summary.csv').write_text('\n'.join(lines) + '\n')
+    return folder
+
+
+def one_line(capsys):
+    """What was said on stderr: one line, and never a traceback."""
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith('sd-resnet ')]
+    assert len(lines) == 1, said
+    assert 'Traceback' not in said
+    return lines[0]

@@ -10,7 +10,7 @@ from sd_resnet import cli
 
 from .conftest import make
 
-COMMANDS = ['quickstart', 'info', 'plot', 'export']
+COMMANDS = ['quickstart', 'info', 'plot', 'bench', 'growth', 'export', 'push', 'verify']
 
 
 @pytest.mark.parametrize('command', COMMANDS)

@@ -102,8 +102,7 @@ def test_batch_mode_has_one_graph_per_piece_of_work_and_never_another():
     assert counted.evaluate(x) == expected + 1
 
 
-@pytest.mark.parametrize('second', ['size', 'precision'])
-@pytest.mark.parametrize('name', ['sd_resnet50', 'sd_resnet20_cifar'])
+@pytest.mark.parametrize(('name', 'second'), [('sd_resnet50', 'size'), ('sd_resnet20_cifar', 'precision')])
 def test_batch_mode_stays_below_the_recompile_limit_with_a_second(name, second):
     """Beside a last, smaller batch, and evaluation in between."""
     counted = Counted(make(name, train=True, drop_path_rate=0.2))

@@ -1,9 +1,12 @@
 """The first command a user runs: nothing may be lost, overwritten or different after loading."""
 
 import errno
+import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -41,7 +44,7 @@ def test_the_images_are_the_digits_and_no_test_image_is_trained_on(finished):
 
 
 def test_the_folder_is_a_hub_repository_that_loads_with_its_settings(finished):
-    assert sorted(os.listdir(finished / 'hub')) == ['README.md', 'config.json', 'model.safetensors', 'summary.csv']
+    assert {'README.md', 'config.json', 'model.safetensors', 'summary.csv'} < set(os.listdir(finished / 'hub'))
     config = json.loads((finished / 'hub' / 'config.json').read_text())
     assert config['architecture'] == 'sd_resnet20_cifar'
     assert config['pretrained_cfg']['hf_hub_filename'] == 'model.safetensors'
@@ -159,3 +162,29 @@ def test_a_folder_without_write_permission_is_named(tmp_path, capsys):
     tmp_path.chmod(0o500)
     assert cli.main(['quickstart', '--out', str(tmp_path / 'out')]) == 1
     assert 'Permission denied' in capsys.readouterr().err
+
+
+EVALUATE = """
+import hashlib, sys, timm, torch
+from pathlib import Path
+from sd_resnet import quickstart
+torch.set_num_threads(1)
+model = timm.create_model('hf-hub:me/digits', pretrained=True)
+logits, labels = quickstart.predict(model, quickstart._loader(Path(sys.argv[1]), train=False))
+print(hashlib.sha256(logits.numpy().tobytes()).hexdigest(), quickstart._percent(logits, labels))
+"""
+
+
+def test_the_run_goes_to_the_hub_and_has_the_same_accuracy_in_another_process(finished, server, tmp_path, capsys):
+    assert cli.main(['push', str(finished / 'run'), '--repo-id', 'me/digits', '--license', 'apache-2.0']) == 0
+    environment = {**os.environ, 'HF_HOME': str(tmp_path / 'empty')}
+    done = subprocess.run(
+        [sys.executable, '-c', EVALUATE, str(finished / 'data')], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = timm.create_model(f'local-dir:{finished / "hub"}', pretrained=True)
+    logits, labels = quickstart.predict(model, quickstart._loader(finished / 'data', train=False))
+    digest = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+    assert done.stdout.split() == [digest, str(quickstart._percent(logits, labels))]
+    card = server.files('me/digits')['README.md'].decode()
+    assert f'{quickstart._percent(logits, labels):.5g}' in card

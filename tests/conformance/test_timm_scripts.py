@@ -18,6 +18,8 @@ import pytest
 import timm
 import torch
 
+from sd_resnet import cli
+
 REPO = os.environ.get('TIMM_REPO')
 pytestmark = [
     pytest.mark.skipif(not REPO, reason="TIMM_REPO does not name a clone of timm's repository"),
@@ -63,8 +65,8 @@ def digits(tmp_path_factory):
     return folder
 
 
-def _start(script, *args, **options):
-    environment = {**os.environ, 'OMP_NUM_THREADS': '2', 'HF_HUB_OFFLINE': '1'}
+def _start(script, *args, env=None, **options):
+    environment = {**os.environ, 'OMP_NUM_THREADS': '2', 'HF_HUB_OFFLINE': '1', **(env or {})}
     return subprocess.Popen(
         [sys.executable, str(Path(REPO) / script), *map(str, args)],
         env=environment,
@@ -208,6 +210,27 @@ def test_validate(digits, trained):
         *('--device', 'cpu', '--workers', 1, '--no-prefetcher'),
     )
     assert '"top1"' in output
+
+
+@pytest.mark.parametrize('flags', ['', '--plain'])
+def test_a_run_goes_to_the_hub_and_validates_the_same_from_there(digits, server, tmp_path, flags):
+    """From the Hub into an empty cache in another process; folded, without the plugin."""
+    _train(digits, tmp_path, '--model-ema', '--model-ema-decay', '0.5', '--drop-path', '0.3', model='sd_resnet18')
+    push = ['push', str(tmp_path / 'run'), '--repo-id', 'me/trained', '--license', 'mit', *flags.split()]
+    assert cli.main(push) == 0
+    common = ['--data-dir', digits, '--split', 'validation', '--num-classes', 10, '--device', 'cpu', '--workers', 1]
+    common += ['--no-prefetcher', '--results-format', 'json', '--img-size', 32]
+    best = ['--model', 'sd_resnet18', '--checkpoint', tmp_path / 'run' / 'model_best.pth.tar', '--use-ema']
+    here = _result(_run('validate.py', *common, *best))
+    environment = {'HF_HUB_OFFLINE': '0', 'HF_HOME': str(tmp_path / 'empty'), 'SD_RESNET_AUTOLOAD': str(int(not flags))}
+    there = _result(_run('validate.py', *common, '--model', 'hf-hub:me/trained', '--pretrained', env=environment))
+    assert there['top1'] == here['top1']
+    assert there['param_count'] == here['param_count']
+    assert cli.main(['verify', 'me/trained']) == 0
+
+
+def _result(output):
+    return json.loads(output[output.rindex('{') : output.rindex('}') + 1])
 
 
 def test_inference(digits, trained, tmp_path):

@@ -1,0 +1,381 @@
+"""To the Hub and back: what arrives computes what was trained, and what goes wrong is said in one line.
+
+The real client talks to a Hub on 127.0.0.1 (`loopback.py`).
+"""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard, constants
+
+pytest.importorskip('matplotlib', reason='publishing draws pictures with matplotlib')
+
+from sd_resnet import cli
+from sd_resnet import hub as publishing
+from sd_resnet.records import read_run
+
+from .conftest import images, one_line, write_run
+
+REPO = 'me/sd_resnet18.test'
+PUBLISHED = ['README.md', 'args.yaml', 'config.json', 'model.safetensors', 'record.yaml', 'summary.csv']
+PICTURES = ['survival.png', 'training.png']
+
+
+def push(folder, *options):
+    return cli.main(['push', str(folder), '--repo-id', REPO, *options])
+
+
+def fresh_process(code, **environment):
+    """What a new Python prints: nothing of this process's patches or registrations is in it."""
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+LOAD = """
+import hashlib, timm, torch
+model = timm.create_model('hf-hub:{}', pretrained=True).eval()
+digest = hashlib.sha256()
+for name, tensor in sorted(model.state_dict().items()):
+    digest.update(name.encode() + tensor.numpy().tobytes())
+torch.set_num_threads(1)
+x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+with torch.no_grad():
+    print(type(model).__name__, digest.hexdigest(), model(x).double().sum().item())
+"""
+
+
+def test_what_arrives_in_another_process_is_what_was_trained(server, run_folder, tmp_path, capsys):
+    assert push(run_folder) == 0
+    out = capsys.readouterr().out
+    revision, line = re.search(r'revision +(\w{40})', out)[1], re.search(r'load it +(timm.*)', out)[1]
+    assert server.repos[REPO].heads['main'] == revision
+    assert line == f"timm.create_model('hf-hub:{REPO}', pretrained=True)"
+    elsewhere = fresh_process(LOAD.format(f'{REPO}@{revision}'), HF_HOME=str(tmp_path / 'empty'))
+    publishing.prepare(run_folder, tmp_path / 'dry', REPO)
+    here = fresh_process(LOAD.format(REPO).replace('hf-hub:' + REPO, f'local-dir:{tmp_path / "dry"}'))
+    assert elsewhere == here
+    trained = read_run(run_folder).model()
+    model = timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in trained.state_dict().items())
+
+
+def test_a_dry_run_writes_exactly_what_would_be_sent(server, run_folder, tmp_path, capsys):
+    assert push(run_folder, '--dry-run', str(tmp_path / 'dry')) == 0
+    assert not server.requests
+    assert push(run_folder) == 0
+    sent = {path: content for path, content in server.files(REPO).items() if path != '.gitattributes'}
+    assert sorted(sent) == sorted(PUBLISHED + PICTURES)
+    assert sent == {path.name: path.read_bytes() for path in (tmp_path / 'dry').iterdir()}
+    assert push(run_folder, '--dry-run', str(tmp_path / 'dry')) == 1
+    assert 'exists' in capsys.readouterr().err
+
+
+def test_pushing_the_same_makes_no_commit_and_a_better_checkpoint_makes_one(server, run_folder, tmp_path, capsys):
+    assert push(run_folder) == 0
+    first, before = server.repos[REPO].heads['main'], server.files(REPO)
+    assert push(run_folder) == 0
+    assert server.repos[REPO].heads['main'] == first
+    assert 'no change' in capsys.readouterr().out
+    assert push(write_run(tmp_path / 'better', epochs=(41.5, 52.25, 63.125))) == 0
+    after = server.files(REPO)
+    assert len(server.repos[REPO].commits) == 3  # the empty repository's, and one for each checkpoint
+    assert before['model.safetensors'] != after['model.safetensors']
+    assert '63.125' in after['README.md'].decode()
+    assert '52.25' not in after['README.md'].decode()
+
+
+def test_other_weights_are_deleted_and_other_files_stay(server, run_folder):
+    server.put(REPO, {'pytorch_model.bin': b'old', 'notes.txt': b'mine'})
+    assert push(run_folder) == 0
+    assert 'pytorch_model.bin' not in server.files(REPO)
+    assert server.files(REPO)['notes.txt'] == b'mine'
+
+
+def test_private_is_unreadable_without_the_token(server, run_folder, tmp_path, monkeypatch, capsys):
+    assert push(run_folder) == 0
+    assert not server.repos[REPO].private
+    assert push(run_folder, '--private') == 0
+    assert server.repos[REPO].private
+    assert cli.main(['verify', REPO]) == 0
+    monkeypatch.delenv('HF_TOKEN')
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'another'))
+    monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'none'))
+    capsys.readouterr()
+    assert cli.main(['verify', REPO]) == 1
+    assert 'hf auth login' in one_line(capsys)
+
+
+def test_a_branch_of_its_own_leaves_main_alone(server, run_folder):
+    server.put(REPO, {'notes.txt': b'mine'})
+    assert push(run_folder, '--revision', 'tried', '--message', 'A try') == 0
+    assert list(server.files(REPO)) == ['notes.txt']
+    assert 'model.safetensors' in server.files(REPO, 'tried')
+    timm.create_model(f'hf-hub:{REPO}@tried', pretrained=True)
+
+
+@pytest.mark.parametrize('path', ['/upload/*', '*/commit/*', '*/objects/batch', '*/preupload/*'])
+def test_an_interrupted_push_leaves_the_old_revision_and_can_be_repeated(server, run_folder, tmp_path, capsys, path):
+    assert push(run_folder) == 0
+    before = server.repos[REPO].heads['main']
+    better = write_run(tmp_path / 'better', epochs=(41.5, 63.125), seed=1)
+    server.fail('status', path, 400, method='POST PUT', times=9)
+    capsys.readouterr()
+    assert push(better) == 1
+    assert '400' in one_line(capsys)
+    assert server.repos[REPO].heads['main'] == before
+    server.faults.clear()
+    assert push(better) == 0
+    assert server.repos[REPO].heads['main'] != before
+
+
+def test_of_two_pushes_at_once_one_wins_and_the_other_says_so(server, run_folder, capsys):
+    server.put(REPO, {'notes.txt': b'mine'})
+    server.before_commit = lambda: server.put(REPO, {'notes.txt': b'theirs'})
+    assert push(run_folder) == 1
+    assert 'meanwhile' in one_line(capsys)
+    assert server.files(REPO) == {'notes.txt': b'theirs'}
+
+
+def test_the_token_is_nowhere(server, run_folder, tmp_path, capsys, caplog):
+    caplog.set_level('DEBUG')
+    assert push(run_folder) == 0
+    server.fail('status', '*', 403, method='GET POST PUT', times=99)
+    assert push(run_folder) == 1
+    said = capsys.readouterr()
+    assert server.token not in said.out + said.err + caplog.text
+    holding = [path for path in tmp_path.rglob('*') if path.is_file() and server.token.encode() in path.read_bytes()]
+    assert not holding
+
+
+def test_a_record_that_holds_a_token_is_not_sent(server, run_folder, capsys):
+    args = yaml.safe_load((run_folder / 'args.yaml').read_text())
+    (run_folder / 'args.yaml').write_text(yaml.safe_dump({**args, 'experiment': 'hf_' + 'a' * 34}))
+    assert push(run_folder) == 1
+    said = one_line(capsys)
+    assert 'args.yaml' in said
+    assert 'hf_' not in said
+    assert not server.repos
+
+
+def test_schedule_mode_and_rescaling_come_back_and_rate_0_keeps_the_outputs(server, tmp_path):
+    options = dict(drop_path_rate=0.3, drop_path_schedule='uniform', drop_path_mode='subset', drop_path_rescale='test')
+    run = write_run(tmp_path / 'run', **options)
+    assert push(run) == 0
+    model = timm.create_model(f'hf-hub:{REPO}', pretrained=True).eval()
+    assert model.survival_probs == (0.7,) * 8
+    assert (model.drop_path_schedule, model.drop_path_mode) == ('uniform', 'subset')
+    x = images(2)
+    other = timm.create_model(f'hf-hub:{REPO}', pretrained=True, drop_path_rate=0.0).eval()
+    assert set(other.survival_probs) == {1.0}
+    with torch.no_grad():
+        expected = read_run(run).model()(x)
+        assert torch.equal(model(x), expected)
+        assert (other(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    train = write_run(tmp_path / 'train', drop_path_rescale='train', drop_path_schedule=[1.0] * 7 + [0.5])
+    assert push(train) == 0
+    model = timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+    assert (model.drop_path_rescale, model.survival_probs) == ('train', (1.0,) * 7 + (0.5,))
+
+
+def test_new_classes_and_channels_and_features(server, run_folder):
+    assert push(run_folder) == 0
+    trained = read_run(run_folder).model().state_dict()
+    model = timm.create_model(f'hf-hub:{REPO}', pretrained=True, num_classes=3, in_chans=1)
+    assert (model.fc.out_features, model.conv1.in_channels) == (3, 1)
+    assert torch.equal(model.layer4[1].conv2.weight, trained['layer4.1.conv2.weight'])
+    features = timm.create_model(f'hf-hub:{REPO}', pretrained=True, features_only=True)
+    assert torch.equal(features.model.layer1[0].conv1.weight, trained['layer1.0.conv1.weight'])
+
+
+def test_offline_with_a_filled_cache(server, run_folder, monkeypatch):
+    assert push(run_folder) == 0
+    timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+    for running in server.servers:
+        running.shutdown()
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    asked = len(server.requests)
+    timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+    assert len(server.requests) == asked
+
+
+@pytest.mark.parametrize('name', ['sd_resnet18', 'sd_resnet20_cifar'])
+def test_plain_computes_the_same_and_says_what_it_needs(server, tmp_path, name, capsys):
+    run = write_run(tmp_path / 'run', name, drop_path_rate=0.6)
+    assert push(run, '--plain') == 0
+    card = server.files(REPO)['README.md'].decode()
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = read_run(run).model()(x).double()
+    kind, _, total = fresh_process(
+        LOAD.format(REPO),
+        HF_HOME=str(tmp_path / 'empty'),
+        SD_RESNET_AUTOLOAD='0' if name == 'sd_resnet18' else '1',
+    ).split()
+    assert abs(float(total) - expected.sum().item()) <= 1e-5 * expected.abs().max().item() * expected.numel()
+    if name == 'sd_resnet18':
+        assert kind == 'ResNet'
+        assert 'needs no plugin' in card
+    else:
+        assert '**Needs the plugin**' in card
+        assert 'timm has no architecture for the CIFAR nets' in card
+
+
+def test_the_card_is_valid_and_says_only_what_the_record_says(server, run_folder):
+    assert push(run_folder, '--license', 'apache-2.0', '--dataset', 'ylecun/mnist') == 0
+    files = server.files(REPO)
+    card = ModelCard(files['README.md'].decode())
+    assert card.data.license == 'apache-2.0'
+    assert card.data.datasets == ['ylecun/mnist']
+    (top1, top5) = card.data.eval_results
+    assert (top1.metric_value, top5.metric_value, top1.dataset_split) == (52.25, 82.25, 'validation')
+    record = ' '.join(files[name].decode() for name in ('record.yaml', 'args.yaml', 'summary.csv', 'config.json'))
+    known = {float(number) for number in re.findall(r'(?<![\w.])-?\d+(?:\.\d+)?(?:e-?\d+)?', record)}
+    body = re.sub(r'```.*?```|`[^`]*`|\(http[^)]*\)', '', card.text, flags=re.S)
+    body = re.sub(r'published with.*|sd_resnet18\S*|Huang et al., 2016|top-\d', '', body)
+    numbers = {float(n.replace(',', '')) for n in re.findall(r'(?<![\w.])\d[\d,]*(?:\.\d+)?', body)}
+    assert numbers - known <= {0.0}
+    assert len(numbers) > 15
+    for picture in re.findall(r'\]\((\w+\.png)\)', card.text):
+        assert files[picture].startswith(b'\x89PNG')
+    assert str(run_folder.parent) not in record
+    assert 'not recorded' in card.text  # hardware, source commit
+
+
+def test_without_metrics_or_licence_the_card_says_not_recorded(server, tmp_path):
+    run = write_run(tmp_path / 'run')
+    (run / 'summary.csv').unlink()
+    assert push(run, '--checkpoint', 'last.pth.tar') == 0
+    card = ModelCard(server.files(REPO)['README.md'].decode())
+    assert card.data.eval_results is None
+    assert '| test accuracy | not recorded |' in card.text
+    assert '| licence | not recorded |' in card.text
+    assert 'training.png' not in server.files(REPO)
+
+
+def test_raw_weights_and_averaged_files_have_no_measured_accuracy(run_folder, tmp_path):
+    best = read_run(run_folder)
+    assert best.metrics['eval_top1'] == 52.25
+    assert best.checkpoint.averaged
+    raw = read_run(run_folder, use_ema=False)
+    assert raw.metrics == {}
+    assert not torch.equal(raw.checkpoint.state_dict['fc.weight'], best.checkpoint.state_dict['fc.weight'])
+    torch.save(raw.checkpoint.state_dict, run_folder / 'averaged.pth')
+    averaged = read_run(run_folder, 'averaged.pth')
+    assert averaged.metrics == {}
+    assert torch.equal(averaged.checkpoint.state_dict['fc.weight'], raw.checkpoint.state_dict['fc.weight'])
+    assert read_run(run_folder, 'checkpoint-0.pth.tar').metrics['eval_top1'] == 41.5
+
+
+def test_a_resumed_runs_repeated_header_and_epochs_are_understood(run_folder):
+    with (run_folder / 'summary.csv').open('a') as file:
+        file.write('epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n1,1,1,77.5,90,0.05\n')
+    run = read_run(run_folder)
+    assert [epoch['eval_top1'] for epoch in run.epochs] == [41.5, 77.5]
+
+
+@pytest.mark.parametrize(
+    ('change', 'said'),
+    [
+        (lambda run: (run / 'args.yaml').unlink(), 'holds no args.yaml'),
+        (lambda run: (run / 'args.yaml').write_text('model: [unclosed'), 'is not YAML'),
+        (lambda run: (run / 'args.yaml').write_text('model: resnet50'), 'model must be one of'),
+        (lambda run: (run / 'summary.csv').write_text('epoch,eval_top1\n0,high\n'), 'must be a number'),
+        (lambda run: (run / 'model_best.pth.tar').write_bytes(b'junk'), 'cannot be read'),
+        (lambda run: (run / 'args.yaml').write_text('model: sd_resnet34'), 'does not fit the model of args.yaml'),
+        (lambda run: [path.unlink() for path in run.glob('*.tar')], 'holds neither model_best'),
+    ],
+)
+def test_a_run_folder_that_cannot_be_published_is_explained(server, run_folder, capsys, change, said):
+    change(run_folder)
+    assert push(run_folder) == 1
+    assert said in one_line(capsys)
+    assert not server.repos
+
+
+@pytest.mark.parametrize('argv', [['push'], ['push', 'x'], ['push', 'x', '--all'], ['push', '--all', '--plain']])
+def test_wrong_usage_exits_with_2(argv, capsys):
+    assert cli.main(argv) == 2
+    assert 'error:' in one_line(capsys)
+
+
+def test_all_brings_the_hub_in_line_with_the_listing(server, run_folder, tmp_path, capsys):
+    publishing.prepare(run_folder, tmp_path / 'weights' / 'one', REPO, license='mit')
+    listing = tmp_path / 'hub' / 'repos.yaml'
+    listing.parent.mkdir()
+    entry = {'folder': 'weights/one', 'repo_id': REPO, 'license': 'mit', 'visibility': 'private'}
+    listing.write_text(yaml.safe_dump([entry]))
+    assert cli.main(['push', '--all', '--repos', str(listing)]) == 0
+    assert server.repos[REPO].private
+    head = server.repos[REPO].heads['main']
+    assert cli.main(['push', '--all', '--repos', str(listing)]) == 0
+    assert server.repos[REPO].heads['main'] == head
+    for wrong, said in (
+        ({**entry, 'license': 'apache-2.0'}, 'its card says'),
+        ({**entry, 'visibility': 'secret'}, 'must have'),
+        ({**entry, 'folder': 'weights/two'}, 'holds no README.md'),
+    ):
+        listing.write_text(yaml.safe_dump([wrong]))
+        capsys.readouterr()
+        assert cli.main(['push', '--all', '--repos', str(listing)]) == 1
+        assert said in one_line(capsys)
+    assert cli.main(['push', str(tmp_path / 'weights' / 'one'), '--repo-id', REPO, '--license', 'mit']) == 1
+
+
+def test_the_projects_own_listing_is_readable():
+    publishing.read_listing(Path(__file__).parent.parent / 'hub' / 'repos.yaml')
+
+
+def test_a_dropped_connection_is_resumed(server, run_folder):
+    server.put('me/other', {})
+    assert push(run_folder) == 0
+    server.requests.clear()
+    server.fail('drop', '/content/*', 100_000)
+    model = timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+    assert len([path for method, path in server.requests if path.startswith('/content/')]) >= 2
+    trained = read_run(run_folder).model().state_dict()
+    assert all(torch.equal(tensor, trained[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_failing_request_for_the_weights_never_leads_to_others(server, run_folder):
+    assert push(run_folder) == 0
+    server.put(REPO, {'pytorch_model.bin': b'other weights'})
+    server.fail('status', '*/model.safetensors', 503, method='GET HEAD', times=99)
+    with pytest.raises(OSError, match=r'503|locate'):
+        timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+    assert not [path for _, path in server.requests if path.endswith('.bin')]
+
+
+HOSTILE = [
+    {'file': '/etc/passwd'},
+    {'url': 'http://127.0.0.1:9/weights.pth'},
+    {'custom_load': True},
+    {'hf_hub_filename': '../../../../escaped.safetensors'},
+]
+
+
+@pytest.mark.parametrize('cfg', HOSTILE)
+def test_a_configuration_cannot_reach_outside_its_repository(server, run_folder, tmp_path, capsys, cfg):
+    assert push(run_folder) == 0
+    config = json.loads(server.files(REPO)['config.json'])
+    config['pretrained_cfg'].update(cfg)
+    server.put(REPO, {'config.json': json.dumps(config).encode(), 'escaped.safetensors': b'x'})
+    outside = set(tmp_path.iterdir())
+    with contextlib.suppress(Exception):  # it may load or refuse, and do nothing else
+        timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+    assert set(tmp_path.iterdir()) - outside <= {tmp_path / 'cache'}
+    assert not list(tmp_path.parent.glob('escaped*'))
+    capsys.readouterr()
+    assert cli.main(['verify', REPO]) == 1
+    assert next(iter(cfg)) in one_line(capsys)
