@@ -140,6 +140,9 @@ class StochasticDepthNet(nn.Module):
 
     def forward_stem(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The stem's feature, and what the first stage is given."""
+        if torch.compiler.is_compiling() and self.drop_path_mode == 'batch' and x.device.type == 'cpu':
+            # Compiled convolutions are computed so on a CPU: each of the many graphs would convert at its borders
+            x = x.contiguous(memory_format=torch.channels_last)
         stem = self.act1(self.bn1(self.conv1(x)))
         return stem, self.maxpool(stem)
 

@@ -102,19 +102,23 @@ class ResidualBlock(nn.Module):
             return self._forward_whole(x, self.drop_path.test_scale)
 
     def _forward_whole(self, x: Tensor, factor: float) -> Tensor:
+        return self.activate(self._sum(x, factor))
+
+    def _sum(self, x: Tensor, factor: float) -> Tensor:
         branch, shortcut = self.branch(x), self.shortcut(x)
         if factor == 1:
             branch += shortcut
         else:
             branch = torch.add(shortcut, branch, alpha=factor)
-        return self.activate(branch)
-
-    def _forward_shortcut(self, x: Tensor) -> Tensor:
-        return self.activate(self.shortcut(x))
+        return branch
 
     @outside_compiler
     def _forward_per_batch(self, x: Tensor, decision: Decision) -> Tensor:
-        """Batch mode in training: the decision is taken here, and only what it leaves to do is compiled."""
+        """Batch mode in training: the decision is taken here, and only what it leaves to do is compiled.
+
+        But for the activation: at the end of a graph a compiler keeps a mask of it for backward, which on a CPU takes
+        longer than the rest, while eager mode keeps the output, which the next block keeps anyway.
+        """
         alone = decision is None
         if isinstance(x, torch.fx.Proxy):
             raise RuntimeError(_TRACED)
@@ -122,14 +126,19 @@ class ResidualBlock(nn.Module):
             self.check_alone()
             decision = draw_per_batch([self.drop_path])[0]
         if decision:
-            return own_code(self, '_forward_whole')(self, x, self.drop_path.train_factor(self.drop_path.p_l))
+            total = own_code(self, '_sum')(self, x, self.drop_path.train_factor(self.drop_path.p_l))
+            return self._activate_eagerly(total)
         if self.downsample is not None:
-            out = own_code(self, '_forward_shortcut')(self, x)
+            out = self._activate_eagerly(own_code(self, 'shortcut')(self, x))
         elif alone or not self._ends_in_relu():
-            out = self.activate(x.clone())
+            out = self._activate_eagerly(x.clone())
         else:
             out = x  # relu(x): in a network, x comes out of a ReLU
         return skip(out, self.branch_parameters())
+
+    @torch.compiler.disable
+    def _activate_eagerly(self, x: Tensor) -> Tensor:
+        return self.activate(x)
 
     def _forward_per_sample(self, x: Tensor, decision: Decision) -> Tensor:
         if isinstance(x, torch.fx.Proxy):
