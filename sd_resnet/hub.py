@@ -302,8 +302,8 @@ def _check_card(folder: Path, repo_id: str) -> None:
 
 
 def _write_weights(run: Run, model: Any, folder: Path, license: str | None) -> None:
-    built = {**getattr(model, '_model_args', {}), **run.model_args}  # timm's record holds what a source as hf-hub: adds
-    args = {key: value for key, value in built.items() if not key.startswith(('drop_path', 'pretrained'))}
+    # timm adds what else the network was built with, as the arguments that came with weights from the Hub.
+    args = {key: value for key, value in run.model_args.items() if not key.startswith('drop_path')}
     if hasattr(model, 'drop_path_rate'):
         args |= {key: getattr(model, key) for key in ('drop_path_schedule', 'drop_path_mode', 'drop_path_rescale')}
         if not model.drop_path_sync:

@@ -201,6 +201,9 @@ def test_a_finished_folder_goes_only_where_its_card_says(server, run_folder, tmp
     ready = publishing.prepare(run_folder, tmp_path / 'ready', REPO)
     assert cli.main(['push', str(ready), '--repo-id', 'me/sd_resnet18.tes']) == 1
     assert 'another repository than me/sd_resnet18.tes' in one_line(capsys)
+    again = tmp_path / 'again'
+    assert cli.main(['push', str(ready), '--repo-id', 'me/other', '--dry-run', str(again)]) == 1
+    assert not again.exists()
     assert push(ready) == 0
     weights = bytearray((ready / 'model.safetensors').read_bytes())
     weights[-5] ^= 255
