@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         '--dry-run', type=Path, metavar='OUT', help='write what would be sent to a new folder, send nothing'
     )
-    sub.add_argument('--checkpoint', metavar='FILE', help='in DIR (model_best.pth.tar, else last.pth.tar)')
+    sub.add_argument('--checkpoint', metavar='FILE', help='in DIR, or last, or checkpoint-9 (model_best, else last)')
     sub.add_argument('--no-ema', action='store_true', help='take the raw weights where averaged ones are there too')
     sub.add_argument('--plain', action='store_true', help='fold into an ordinary timm ResNet that needs no plugin')
     sub.add_argument('--license', metavar='NAME', help="the weights' licence by its name on the Hub")
@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         'verify me/sd_resnet50.mine@main --fix',
         _verify,
     )
-    sub.add_argument('target', metavar='REPO[@REVISION]|DIR', help='for example timm/resnet50.a1_in1k')
+    sub.add_argument('target', metavar='REPO[@REVISION]|DIR', help='of the Hub (or its copy in the cache), or a folder')
     sub.add_argument('--fix', action='store_true', help='download damaged files of the cache again')
     return parser
 
@@ -267,7 +267,7 @@ def _push(args: argparse.Namespace) -> None:
     elif args.dry_run:
         _refuse(args, '--dry-run', 'private', 'revision', 'message')
 
-    def send(source: Path, repo_id: str, private: bool) -> None:
+    def send(source: Path, repo_id: str, private: bool | None) -> None:
         if args.dry_run:
             out = args.dry_run / repo_id.split('/')[-1] if args.all else args.dry_run
             print(
@@ -278,7 +278,7 @@ def _push(args: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             ready = hub.prepare(source, Path(folder) / repo_id.split('/')[-1], repo_id, **options)
             done = hub.push(ready, repo_id, private=private, revision=args.revision, message=args.message)
-        print(f'{"url" if done.changed else "no change"}  {done.url}\nrevision   {done.revision}')
+        print(f'{"url" if done.changed else "no change":<9}  {done.url}\nrevision   {done.revision}')
         print(f'sha256     {done.sha256}  model.safetensors\nload it    {done.line}')
 
     options = {name: getattr(args, name) for name in written}
@@ -288,7 +288,7 @@ def _push(args: argparse.Namespace) -> None:
         for folder, repo_id, private in entries:
             send(folder, repo_id, private)
     else:
-        send(args.source, args.repo_id, args.private)
+        send(args.source, args.repo_id, args.private or None)
 
 
 def _verify(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""From a training run to a repository of the Hugging Face Hub: folder, model card, push."""
+"""From a training run to a repository of the Hugging Face Hub: the folder, and the push."""
 
 from __future__ import annotations
 
@@ -8,48 +8,39 @@ import shutil
 import tempfile
 import warnings
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import yaml
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, constants, get_token, snapshot_download
+from huggingface_hub import HfApi, ModelCard, constants, get_token, snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from timm.models import save_for_hf
 
-from .checkpoints import NO_PLAIN_CIFAR, to_resnet
+from .card import describe, model_card
+from .checkpoints import to_resnet
 from .costs import model_cost
+from .failures import VerificationError, explain
 from .plots import plot_costs, plot_training
 from .records import Run, read_run
-from .resnet_imagenet import StochasticResNet
 from .verification import (
     CARD,
     CONFIG,
     OTHER_WEIGHTS,
     RECORD,
     WEIGHTS,
-    VerificationError,
     check_contents,
-    explain,
+    check_function,
     file_hash,
     read_tensors,
+    verify,
 )
 
-UNKNOWN = 'not recorded'
-_SECRET = re.compile(r'\bhf_[A-Za-z0-9]{20,}')
-# Of `args.yaml`, in the order of the card; the rest is in the file.
-_RECIPE = (
-    *('epochs', 'batch_size', 'grad_accum_steps', 'opt', 'lr', 'momentum', 'weight_decay', 'clip_grad', 'sched'),
-    *('warmup_epochs', 'img_size', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'color_jitter', 'aa', 'reprob'),
-    *('mixup', 'cutmix', 'smoothing', 'drop', 'amp', 'amp_dtype', 'model_ema', 'model_ema_decay', 'pretrained', 'seed'),
-)
-_LIMITS = (
-    'Trained and tested on one data set and one split, by one run; nothing is known of other images. Scores are not '
-    'calibrated probabilities.'
-)
+_SECRET = re.compile(rb'\bhf_[A-Za-z0-9]{20,}')
+# What this package writes: of these a new push leaves none behind that it does not write again.
+_OWN = (CARD, CONFIG, RECORD, 'args.yaml', 'summary.csv', 'training.png', 'survival.png')
 
 
 @dataclass(frozen=True)
@@ -98,6 +89,7 @@ def prepare(
         FileExistsError: `out` exists.
         FileNotFoundError: `source` does not exist, or is neither.
         ValueError: A finished folder was given together with what only a run folder can take, or a name is not one.
+        VerificationError: The finished folder is damaged, or its card is another repository's.
     """
     if out.exists():
         raise FileExistsError(f'{out} exists; remove it, or choose another folder')
@@ -113,7 +105,8 @@ def prepare(
     given = {'checkpoint': checkpoint, 'no-ema': no_ema, 'plain': plain, 'license': license, 'dataset': dataset}
     if refused := [f'--{name}' for name, value in given.items() if value]:
         raise ValueError(f'{source} is a finished repository: {", ".join(refused)} must be given when it is written')
-    check_contents(source, str(source))
+    verify(str(source), report=lambda line: None)
+    _check_card(source, repo_id)
     return Path(shutil.copytree(source, out))
 
 
@@ -175,14 +168,15 @@ def write_repository(
     model: Any = trained
     if plain:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # NO_PLAIN_CIFAR, which is in the card
+            warnings.simplefilter('ignore')  # NO_PLAIN_CIFAR, which the card says
             model = to_resnet(trained)
     part = out.with_name(f'{out.name}.part')
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         _write_weights(run, model, part, license)
-        record = _record(run, trained, model, part, license, dataset)
+        cost = model_cost(trained, trained.pretrained_cfg['input_size'][-1])
+        record = describe(run, trained, model, cost, file_hash(part / WEIGHTS), license, dataset)
         (part / RECORD).write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding='utf-8')
         (part / 'args.yaml').write_text(yaml.safe_dump(run.args), encoding='utf-8')
         if run.epochs:
@@ -190,9 +184,10 @@ def write_repository(
             rows = [columns, *([f'{epoch.get(c, float("nan")):.10g}' for c in columns] for epoch in run.epochs)]
             (part / 'summary.csv').write_text(''.join(f'{",".join(row)}\n' for row in rows), encoding='utf-8')
             plot_training(run.epochs, part / 'training.png')
-        plot_costs(model_cost(trained, record['image_size']), part / 'survival.png')
+        plot_costs(cost, part / 'survival.png')
         model_card(record, run, repo_id).save(part / CARD)
-        check_contents(part, str(out))
+        loaded = check_contents(part, str(out))
+        check_function(trained, loaded, f'{out} computes something else than was trained; this is a bug of sd_resnet')
         if out.exists():
             shutil.rmtree(out)
         return part.replace(out)
@@ -200,78 +195,22 @@ def write_repository(
         shutil.rmtree(part, ignore_errors=True)
 
 
-def model_card(record: dict[str, Any], run: Run, repo_id: str) -> ModelCard:
-    """The card of a run, from `hub/model_card.md`; what the record does not hold is called "not recorded"."""
-    survival = dict(record['survival'])
-    metrics, dataset = record['metrics'], record['dataset'] or run.args.get('dataset') or UNKNOWN
-    results = [
-        EvalResult(
-            task_type='image-classification',
-            dataset_type=record['dataset'] or 'unknown',
-            dataset_name=dataset,
-            dataset_split=record['split'],
-            metric_type=kind,
-            metric_name=label,
-            metric_value=round(metrics[key], 3),
-        )
-        for key, kind, label in (
-            ('eval_top1', 'accuracy', 'top-1 accuracy (%)'),
-            ('eval_top5', 'top-5-accuracy', 'top-5 accuracy (%)'),
-        )
-        if key in metrics
-    ]
-    name = repo_id.split('/')[-1]
-    data = ModelCardData(
-        library_name='timm',
-        pipeline_tag='image-classification',
-        license=record['license'] or 'unknown',
-        tags=['image-classification', 'timm', 'stochastic-depth'],
-        datasets=[record['dataset']] if record['dataset'] else None,
-        metrics=sorted({result.metric_type for result in results if result.metric_type == 'accuracy'}) or None,
-        model_name=name,
-        eval_results=results or None,
-    )
-    config, checkpoint = record['preprocessing'], record['checkpoint']
-    accuracy = UNKNOWN
-    if results:
-        weights = 'averaged weights' if checkpoint['averaged'] else 'raw weights'
-        values = ', '.join(f'{result.metric_value} % {str(result.metric_name).split()[0]}' for result in results)
-        accuracy = f'{values} ({weights} after epoch {checkpoint["epoch"]}, split {record["split"]})'
-    return ModelCard.from_template(
-        data,
-        template_str=_template().read_text(encoding='utf-8'),
-        title=name,
-        repo_id=repo_id,
-        record=record,
-        trained_as=record['trained_as'],
-        test_time=_test_time(record),
-        accuracy=accuracy,
-        license=record['license'] or UNKNOWN,
-        dataset=dataset,
-        preprocessing=config,
-        survival=survival,
-        curve=bool(run.epochs),
-        recipe=_recipe(record, run),
-        limits=_LIMITS + (f' {NO_PLAIN_CIFAR}.' if record['folded'] is False and record['plain'] else ''),
-    )
-
-
 def push(
     folder: Path,
     repo_id: str,
     *,
-    private: bool = False,
+    private: bool | None = None,
     revision: str | None = None,
     message: str | None = None,
 ) -> Published:
-    """Make a branch of a repository hold exactly this folder's files, in one commit, and check what arrived.
+    """Bring a branch of a repository in line with this folder, in one commit, and check what arrived.
 
-    Other weights that the branch holds are deleted by the same commit; other files stay.
+    The same commit deletes other weights, and what an earlier push wrote and this one does not; other files stay.
 
     Args:
         folder: As `write_repository` leaves it.
         repo_id: `USER/NAME`; created if it does not exist.
-        private: Readable with a token of its owner only.
+        private: Readable with a token of its owner only; None leaves an existing repository as it is.
         revision: Branch, created if it does not exist; None is `main`.
         message: Of the commit.
 
@@ -280,6 +219,7 @@ def push(
             commit, which is atomic, the branch is as it was.
     """
     check_contents(folder, str(folder))
+    _check_card(folder, repo_id)
     refuse_secrets(folder)
     try:
         return _push(folder, repo_id, private, revision, message)
@@ -290,15 +230,18 @@ def push(
         raise VerificationError(reason.replace(token, '***') if token else reason) from error
 
 
-def _push(folder: Path, repo_id: str, private: bool, revision: str | None, message: str | None) -> Published:
+def _push(folder: Path, repo_id: str, private: bool | None, revision: str | None, message: str | None) -> Published:
     api = HfApi(library_name='sd-resnet')
-    ModelCard.load(folder / CARD).validate()
+    try:
+        ModelCard.load(folder / CARD).validate()
+    except ValueError as error:
+        raise VerificationError(f'{CARD} is refused: {_objections(error)}; correct it (licence: --license)') from error
     try:
         info = api.model_info(repo_id)
-        if private and not info.private:
-            api.update_repo_settings(repo_id, private=True)
+        if private is not None and private != bool(info.private):
+            api.update_repo_settings(repo_id, private=private)
     except RepositoryNotFoundError:
-        api.create_repo(repo_id, private=private)
+        api.create_repo(repo_id, private=bool(private))
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     head = api.model_info(repo_id, revision=revision).sha
@@ -308,7 +251,7 @@ def _push(folder: Path, repo_id: str, private: bool, revision: str | None, messa
         revision=revision,
         parent_commit=head,  # another push in between makes this one fail
         commit_message=message or f'Publish {folder.name}',
-        delete_patterns=list(OTHER_WEIGHTS),
+        delete_patterns=[*OTHER_WEIGHTS, '*.safetensors', *_OWN],  # but for what is in the folder
     )
     sha256 = _compare_published(folder, repo_id, commit.oid)
     at = f'@{revision}' if revision else ''
@@ -321,106 +264,63 @@ def _push(folder: Path, repo_id: str, private: bool, revision: str | None, messa
     )
 
 
+def _objections(error: ValueError) -> str:
+    """To a card: the client's, or the server's, which are JSON."""
+    try:
+        found = ', '.join(each['message'] for each in json.loads(str(error))['errors'])
+    except (ValueError, LookupError, TypeError):
+        found = str(error)
+    return ' '.join(found.split())[:300]
+
+
 def refuse_secrets(folder: Path) -> None:
-    """Raise where a file of text holds a token of the Hub, without repeating it.
+    """Raise where a file holds a token of the Hub, without repeating it.
 
     Raises:
         VerificationError: With the file's name.
     """
-    token = get_token()
-    for path in sorted(path for path in folder.rglob('*') if path.is_file() and path.suffix not in ('.png', '')):
-        if path.name == WEIGHTS:
-            continue
-        text = path.read_text(encoding='utf-8', errors='replace')
-        if _SECRET.search(text) or (token and token in text):
+    token = (get_token() or '').encode()
+    for path in sorted(path for path in folder.rglob('*') if path.is_file() and path.name != WEIGHTS):
+        content = path.read_bytes()
+        if _SECRET.search(content) or (token and token in content):
             raise VerificationError(f'{path} holds a token of the Hub, nothing was sent; remove it, and revoke it')
 
 
+def _check_card(folder: Path, repo_id: str) -> None:
+    """A card must be of these weights, and say how to load them from where they go."""
+    try:
+        card = (folder / CARD).read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        raise VerificationError(f'{folder} holds no {CARD} of text; publish the run folder instead') from error
+    if not re.search(rf'hf-hub:{re.escape(repo_id)}(?![\w./-])', card):
+        raise VerificationError(
+            f'{folder}/{CARD} tells how to load another repository than {repo_id}; publish under its name, or publish '
+            'the run folder'
+        )
+    if file_hash(folder / WEIGHTS) not in card:
+        raise VerificationError(f'{folder}/{CARD} does not name the sha256 of {WEIGHTS}; publish the run folder')
+
+
 def _write_weights(run: Run, model: Any, folder: Path, license: str | None) -> None:
-    args = {k: v for k, v in (run.args.get('model_kwargs') or {}).items() if not k.startswith('drop_path')}
-    if run.args.get('gp'):
-        args['global_pool'] = run.args['gp']
+    # timm adds what else the network was built with, as the arguments that came with weights from the Hub.
+    args = {key: value for key, value in run.model_args.items() if not key.startswith('drop_path')}
     if hasattr(model, 'drop_path_rate'):
         args |= {key: getattr(model, key) for key in ('drop_path_schedule', 'drop_path_mode', 'drop_path_rescale')}
+        if not model.drop_path_sync:
+            args['drop_path_sync'] = False
         if isinstance(model.drop_path_schedule, str) or model.drop_path_rate is not None:
             rate = model.drop_path_rate
             args['drop_path_rate'] = 1 - model.survival_probs[-1] if rate is None else rate
     stem = model.conv1[0] if isinstance(model.conv1, torch.nn.Sequential) else model.conv1
-    if stem.in_channels != 3:
-        args['in_chans'] = stem.in_channels
+    args |= {'in_chans': stem.in_channels, 'num_classes': model.num_classes}
     labels = {'label_names': run.label_names} if len(run.label_names or ()) == model.num_classes else {}
     save_for_hf(model, str(folder), labels, model_args=args, safe_serialization=True)
     config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
+    del config['model_args']['num_classes']  # it is beside them, and transformers' wrapper takes it from there only
     config['pretrained_cfg']['hf_hub_filename'] = WEIGHTS  # else a failing request falls back to another file
     if license:
         config['pretrained_cfg']['license'] = license
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-
-
-def _record(
-    run: Run, trained: Any, model: Any, folder: Path, license: str | None, dataset: str | None
-) -> dict[str, Any]:
-    """All that the card says, in plain Python."""
-    cfg = trained.pretrained_cfg
-    cost = model_cost(trained, cfg['input_size'][-1])
-    schedule = trained.drop_path_schedule
-    return {
-        'architecture': model.pretrained_cfg['architecture'],
-        'trained_as': trained.pretrained_cfg['architecture'],
-        'folded': isinstance(trained, StochasticResNet) and not isinstance(model, StochasticResNet),
-        'plain': model is not trained,
-        'sha256': file_hash(folder / WEIGHTS),
-        'parameters': cost.parameters,
-        'flops': cost.flops,
-        'image_size': cost.image_size,
-        'license': license,
-        'dataset': dataset,
-        'split': run.args.get('val_split') or UNKNOWN,
-        'metrics': run.metrics,
-        'checkpoint': {'file': run.file, 'epoch': run.checkpoint.epoch, 'averaged': run.checkpoint.averaged},
-        'survival': {
-            'schedule': schedule if isinstance(schedule, str) else list(schedule),
-            'last': round(trained.survival_probs[-1], 6),
-            'blocks': len(trained.survival_probs),
-            'expected_depth': round(trained.expected_depth, 3),
-            'mode': trained.drop_path_mode,
-            'rescale': trained.drop_path_rescale,
-            'share': round(cost.expected_share, 3),
-            'probabilities': [round(p, 6) for p in trained.survival_probs],
-        },
-        'preprocessing': {
-            key: list(cfg[key]) if isinstance(cfg[key], tuple) else cfg[key]
-            for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
-        },
-        'published_with': {name: version(name) for name in ('sd-resnet', 'timm', 'torch')},
-    }
-
-
-def _recipe(record: dict[str, Any], run: Run) -> list[tuple[str, str]]:
-    args = run.args
-    rows = [
-        (name.replace('_', ' '), ', '.join(map(str, args[name])) if isinstance(args[name], list) else str(args[name]))
-        for name in _RECIPE
-        if args.get(name) not in (None, False, '')
-    ]
-    for label, key in (('hardware', 'hardware'), ('source commit', 'source_commit'), ('baseline', 'baseline')):
-        rows.append((label, str(args.get(key) or UNKNOWN)))
-    rows[-1] = ('mean and spread over runs, against constant depth', rows[-1][1])
-    rows.append(('published with', ', '.join(f'{k} {v}' for k, v in record['published_with'].items())))
-    return rows
-
-
-def _test_time(record: dict[str, Any]) -> str:
-    if record['survival']['rescale'] == 'train':
-        return "nothing is scaled (timm's convention)"
-    folded = ', which is folded into the weights here' if record['plain'] else ''
-    return f'each branch is multiplied by its survival probability{folded}'
-
-
-def _template() -> Path:
-    """In an installed package beside this file, in a checkout in `hub/`."""
-    installed = Path(__file__).with_name('model_card.md')
-    return installed if installed.is_file() else Path(__file__).parent.parent / 'hub' / 'model_card.md'
 
 
 def _compare_published(folder: Path, repo_id: str, revision: str) -> str:

@@ -133,7 +133,7 @@ def plot_training(epochs: Sequence[Mapping[str, float]], path: Path) -> None:
     _draw_training(losses, accuracies, epochs, KEPT, 'top 1')
     if all('eval_top5' in epoch for epoch in epochs) and any(epoch['eval_top5'] < 100 for epoch in epochs):
         top5 = [epoch['eval_top5'] for epoch in epochs]
-        accuracies.plot(range(1, len(epochs) + 1), top5, '--', color=KEPT, label='top 5')
+        accuracies.plot(_passes(epochs), top5, '--', color=KEPT, label='top 5')
     for axis in (losses, accuracies):
         if axis.has_data():
             axis.legend(fontsize=8, frameon=False)
@@ -151,12 +151,20 @@ def _draw_training(
         if all(key in epoch for epoch in epochs):
             marker = 'o' if len(epochs) == 1 else None  # one point makes no line
             values = [epoch[key] for epoch in epochs]
-            axis.plot(range(1, len(epochs) + 1), values, style, marker=marker, color=color, label=label)
-    losses.set_yscale('log')
+            axis.plot(_passes(epochs), values, style, marker=marker, color=color, label=label)
+    shown = [value for line in losses.get_lines() for value in line.get_ydata()]
+    if shown and max(shown) > 10 * min(shown) > 0:
+        losses.set_yscale('log')
     losses.set_ylabel('cross entropy')
     accuracies.set_ylabel('test accuracy (%)')
     for axis in (losses, accuracies):
         axis.set_xlabel('epoch')
+        axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _passes(epochs: Sequence[Mapping[str, float]]) -> list[float]:
+    """How often the images had been seen; timm's first epoch is 0, and not every one need be measured."""
+    return [epoch.get('epoch', index) + 1 for index, epoch in enumerate(epochs)]
 
 
 def plot_quickstart(results: Sequence[Result], path: Path) -> None:

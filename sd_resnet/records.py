@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
 from timm.data import resolve_data_config
+from timm.models import get_pretrained_cfg, parse_model_name
 from timm.utils.misc import natural_key
 from torch import nn
 
 from .checkpoints import Checkpoint, architectures, build, read_checkpoint
+from .resnet_base import StochasticDepthNet
 
 # From a run's arguments to the model's, where the names differ.
-_MODEL_ARGS = {'drop': 'drop_rate', 'drop_path': 'drop_path_rate', 'gp': 'global_pool'}
+_MODEL_ARGS = {
+    'drop': 'drop_rate',
+    'drop_path': 'drop_path_rate',
+    'drop_block': 'drop_block_rate',
+    'gp': 'global_pool',
+}
 
 
 @dataclass
@@ -23,6 +30,7 @@ class Run:
     """A training run and the checkpoint that was chosen from it.
 
     Attributes:
+        name: The model's, as timm was asked for it: an architecture, with a tag, or a source as `hf-hub:USER/NAME`.
         args: `args.yaml`, absolute paths cut down to their last part.
         epochs: `summary.csv`, one entry per epoch; empty where there is none.
         checkpoint: The weights.
@@ -31,6 +39,7 @@ class Run:
         label_names: The classes in order, if they are known.
     """
 
+    name: str
     args: dict[str, Any]
     epochs: list[dict[str, float]]
     checkpoint: Checkpoint
@@ -38,23 +47,38 @@ class Run:
     metrics: dict[str, float]
     label_names: list[str] | None
 
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """What timm was given to build the model, but for input channels and classes, which the weights tell."""
+        given = {name: self.args[key] for key, name in _MODEL_ARGS.items() if self.args.get(key) is not None}
+        return {**(self.args.get('model_kwargs') or {}), **given}
+
+    @property
+    def base_model(self) -> str | None:
+        """The repository of the Hub whose weights the training started from, if it is known."""
+        if not self.args.get('pretrained') or self.args.get('pretrained_path'):
+            return None
+        source, name = parse_model_name(self.name)
+        if source:
+            return name.split('@')[0] if source == 'hf-hub' else None
+        cfg = get_pretrained_cfg(name)
+        return cfg.hf_hub_id if cfg else None
+
     def model(self) -> nn.Module:
         """The trained network, in evaluation mode, with the run's preprocessing as its configuration.
 
         Raises:
-            ValueError: The checkpoint does not belong to the run's arguments.
+            ValueError: The checkpoint does not belong to the run's arguments, or the model is not of this package.
         """
-        args = dict(self.args.get('model_kwargs') or {})
-        args.update({name: self.args[key] for key, name in _MODEL_ARGS.items() if self.args.get(key) is not None})
         state_dict = {k: v for k, v in self.checkpoint.state_dict.items() if '.aux_bn.' not in k}  # of split-bn
-        model = build(self.args['model'], state_dict, args)
+        model: Any = build(self.name, state_dict, self.model_args)
+        if StochasticDepthNet not in type(model).mro():
+            raise ValueError(f'{self.name} is a {type(model).__name__}, not a model of this package')
         try:
             model.load_state_dict(state_dict)
         except RuntimeError as error:
             reason = ' '.join(str(error).split())[:200]
-            raise ValueError(
-                f'{self.file} does not fit the model of args.yaml, {self.args["model"]}: {reason}'
-            ) from error
+            raise ValueError(f'{self.file} does not fit the model of args.yaml, {self.name}: {reason}') from error
         # Nothing else of the architecture's own configuration is true of these weights: neither its source nor licence.
         own = {key: model.pretrained_cfg[key] for key in ('architecture', 'first_conv', 'classifier')}
         model.pretrained_cfg = {**own, **resolve_data_config(self.args, model=model), 'num_classes': model.num_classes}
@@ -67,7 +91,8 @@ def read_run(folder: Path, checkpoint: str | None = None, use_ema: bool = True) 
 
     Args:
         folder: Holds `args.yaml`, checkpoints and, for the metrics, `summary.csv`.
-        checkpoint: File name in it, or any path; None takes `model_best.pth.tar`, else `last.pth.tar`.
+        checkpoint: File name in it (`last` and `checkpoint-9` will do for timm's), or any path; None takes
+            `model_best.pth.tar`, else `last.pth.tar`.
         use_ema: Take the averaged weights where there are any.
 
     Raises:
@@ -77,18 +102,19 @@ def read_run(folder: Path, checkpoint: str | None = None, use_ema: bool = True) 
     if not (folder / 'args.yaml').is_file():
         raise FileNotFoundError(f"{folder} holds no args.yaml: a run folder is what timm's train.py writes")
     args = _read_args(folder / 'args.yaml')
-    if args.get('model') not in architectures():
-        allowed = ', '.join(architectures())
-        raise ValueError(f'{folder / "args.yaml"}: model must be one of {allowed}, got {args.get("model")!r}')
+    name = str(args.get('model'))
+    if ':' not in name and name.split('.')[0] not in architectures():  # what a source holds is seen when it is built
+        raise ValueError(f'{folder / "args.yaml"}: model must be one of {", ".join(architectures())}, got {name!r}')
     path = _checkpoint_path(folder, checkpoint)
     read = read_checkpoint(path, use_ema)
     epochs = _read_epochs(folder / 'summary.csv')
-    # With an average, timm's script measures the average: the raw weights' accuracy is not known then.
-    measured = read.averaged == bool(args.get('model_ema')) and read.epoch is not None
+    # With an average, timm's script measures the average (unless it is kept on the CPU), and not the raw weights.
+    measures_average = bool(args.get('model_ema')) and not args.get('model_ema_force_cpu')
+    measured = read.averaged == measures_average and read.epoch is not None
     metrics = next((epoch for epoch in epochs if measured and epoch['epoch'] == read.epoch), {})
     metrics = {key: value for key, value in metrics.items() if key.startswith('eval_')}
     labels = _label_names(args)
-    return Run({key: _without_folders(value) for key, value in args.items()}, epochs, read, path.name, metrics, labels)
+    return Run(name, _without_folders(args), epochs, read, path.name, metrics, labels)
 
 
 def _read_args(path: Path) -> dict[str, Any]:
@@ -102,18 +128,22 @@ def _read_args(path: Path) -> dict[str, Any]:
 
 
 def _read_epochs(path: Path) -> list[dict[str, float]]:
-    """Rows of numbers. A resumed run repeats the header, and epochs: the last one counts."""
+    """Rows of numbers. A resumed run writes its own header, and repeats epochs: the last one counts."""
     if not path.is_file():
         return []
+    header: list[str] = []
     epochs: dict[float, dict[str, float]] = {}
     with path.open(newline='', encoding='utf-8') as file:
-        for line, row in enumerate(csv.DictReader(file), start=2):
-            if row.get('epoch') == 'epoch':
+        for line, row in enumerate(csv.reader(file), start=1):
+            if 'epoch' in row or not header:
+                header = row
                 continue
             try:
-                numbers = {key: float(value) for key, value in row.items()}
-            except (TypeError, ValueError) as error:
-                raise ValueError(f'{path}, line {line}: every value must be a number, got {dict(row)}') from error
+                numbers = {name: float(value) for name, value in zip(header, row, strict=True)}
+            except ValueError as error:
+                raise ValueError(
+                    f'{path}, line {line}: there must be a number for each of {header}, got {row}'
+                ) from error
             if 'epoch' not in numbers:
                 raise ValueError(f'{path} has no column "epoch"')
             epochs[numbers['epoch']] = numbers
@@ -122,8 +152,8 @@ def _read_epochs(path: Path) -> list[dict[str, float]]:
 
 def _checkpoint_path(folder: Path, name: str | None) -> Path:
     if name is not None:
-        inside = folder / name
-        return inside if inside.is_file() else Path(name)
+        found = (path for path in (folder / name, folder / f'{name}.pth.tar') if path.is_file())
+        return next(found, Path(name))
     for candidate in ('model_best.pth.tar', 'last.pth.tar'):
         if (folder / candidate).is_file():
             return folder / candidate
@@ -132,7 +162,15 @@ def _checkpoint_path(folder: Path, name: str | None) -> Path:
 
 def _without_folders(value: Any) -> Any:
     """A record is published: where things lay on this machine is nobody's business."""
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    if isinstance(value, dict):
+        return {key: _without_folders(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    path = value.removeprefix('local-dir:')
+    absolute = PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute() or path.startswith('~')
+    return f'{value[: len(value) - len(path)]}{PureWindowsPath(path).name}' if absolute else value
 
 
 def _label_names(args: dict[str, Any]) -> list[str] | None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import re
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -19,23 +19,15 @@ from typing import Any
 import timm
 import torch
 import yaml
-from huggingface_hub import HfApi, constants, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, build_model_with_cfg
 from torch import Tensor, nn
 
 from .checkpoints import to_resnet
+from .failures import VerificationError, damage, explain, one_line
 from .resnet_base import StochasticDepthNet
 from .resnet_imagenet import StochasticResNet
 
@@ -43,12 +35,14 @@ WEIGHTS, CONFIG, CARD, RECORD = 'model.safetensors', 'config.json', 'README.md',
 OTHER_WEIGHTS = ('*.bin', '*.pth', '*.pt', '*.tar', '*.ckpt', '*.npz', '*.h5', '*.msgpack')
 # Of a configuration's `pretrained_cfg`: what would take weights from elsewhere, or other code to read them.
 _NOT_PUBLISHED = ('url', 'file', 'state_dict', 'custom_load')
+# Of its `model_args`: what is addressed to timm's builders, and not to the network.
+_BUILDER_ARGS = {
+    *inspect.signature(timm.create_model).parameters,
+    *inspect.signature(build_model_with_cfg).parameters,
+    *('features_only', 'feature_cls', 'out_indices'),
+}
 
 Report = Callable[[str], None]
-
-
-class VerificationError(ValueError):
-    """What is wrong, and what to do about it, in one line."""
 
 
 def verify(target: str, fix: bool = False, report: Report = print) -> None:
@@ -66,6 +60,9 @@ def verify(target: str, fix: bool = False, report: Report = print) -> None:
         VerificationError: The first check that fails.
     """
     name = re.sub(r'^(hf[-_]hub|local-dir):', '', target)
+    cache = None
+    if Path(name).is_dir() and fix:
+        name, cache = _cached_repository(Path(name))
     if Path(name).is_dir():
         folder = Path(name)
         recorded = _recorded_hashes(folder)
@@ -73,7 +70,7 @@ def verify(target: str, fix: bool = False, report: Report = print) -> None:
         _check_hashes(folder, recorded, name, report)
     else:
         try:
-            folder, name = _fetch(name, fix, report)
+            folder, name = _fetch(name, fix, report, cache)
         except VerificationError:
             raise
         except Exception as error:
@@ -81,7 +78,7 @@ def verify(target: str, fix: bool = False, report: Report = print) -> None:
     check_contents(folder, name, report)
 
 
-def check_contents(folder: Path, name: str, report: Report = lambda line: None) -> None:
+def check_contents(folder: Path, name: str, report: Report = lambda line: None) -> Any:
     """Check that a folder's weights and configuration belong together, load, and fold.
 
     Args:
@@ -89,22 +86,39 @@ def check_contents(folder: Path, name: str, report: Report = lambda line: None) 
         name: For messages.
         report: Is given one line for each check that passes.
 
+    Returns:
+        The model, in evaluation mode.
+
     Raises:
         VerificationError: The first check that fails.
     """
     tensors = read_tensors(folder / WEIGHTS, name)
     report(f'tensors      {len(tensors)} in {WEIGHTS}')
     config = check_config(folder, name)
-    model = _check_fit(config, tensors, name)
+    model = _check_fit(folder, tensors, name)
     report(f'config       {config["architecture"]}, {model.num_classes} classes')
     try:
         loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     except Exception as error:
-        raise VerificationError(f'{name} does not load: {_line(error)}; publish it again') from error
+        raise VerificationError(f'{name} does not load: {one_line(error)}; publish it again') from error
     if not _equal(loaded.state_dict(), tensors):
         raise VerificationError(f'{name}: loading changes tensors; publish it again with a config.json of its own')
     report('loads        every tensor as in the file')
     _check_folding(loaded, name, report)
+    return loaded
+
+
+@torch.no_grad()
+def check_function(model: Any, other: Any, message: str) -> None:
+    """Compare two networks' outputs in evaluation mode, to 1e-5 of the largest.
+
+    Raises:
+        VerificationError: They differ; with this message.
+    """
+    images = torch.rand(2, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
+    expected, found = model(images), other(images)
+    if expected.shape != found.shape or not (expected - found).abs().max() <= 1e-5 * expected.abs().max():
+        raise VerificationError(message)
 
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
@@ -116,7 +130,7 @@ def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise VerificationError(f'{name}: {path.name} {_damage(path) or _line(error)}; publish it again') from error
+        raise VerificationError(f'{name}: {path.name} {damage(path) or one_line(error)}; publish it again') from error
 
 
 def check_config(folder: Path, name: str) -> dict[str, Any]:
@@ -129,7 +143,7 @@ def check_config(folder: Path, name: str) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
     except (ValueError, OSError) as error:
-        raise VerificationError(f'{where} is not JSON ({_line(error)}); publish it again') from error
+        raise VerificationError(f'{where} is not JSON ({one_line(error)}); publish it again') from error
     if not isinstance(config, dict) or not isinstance(config.get('architecture'), str):
         raise VerificationError(f'{where} names no architecture; add "architecture", or publish it again')
     architecture, cfg = config['architecture'], config.get('pretrained_cfg', {})
@@ -150,6 +164,8 @@ def check_config(folder: Path, name: str) -> dict[str, Any]:
         raise VerificationError(
             f'{where}: {elsewhere[0]}={cfg[elsewhere[0]]!r} in pretrained_cfg takes weights from elsewhere; remove it'
         )
+    if builders := sorted(_BUILDER_ARGS & set(config.get('model_args', {}))):
+        raise VerificationError(f'{where}: {builders[0]} in model_args is no argument of a network; remove it')
     if cfg.get('hf_hub_filename', WEIGHTS) != WEIGHTS:
         raise VerificationError(
             f'{where}: hf_hub_filename must be {WEIGHTS!r}, got {cfg["hf_hub_filename"]!r}; publish it again'
@@ -170,45 +186,16 @@ def file_hash(path: Path, length: int = 64) -> str:
     return digest.hexdigest()
 
 
-def explain(error: BaseException, name: str) -> str:
-    """One line, cause and cure, for what the Hub's client raised."""
-    repo_id, _, revision = name.partition('@')
-    hub = constants.ENDPOINT
-    while error.__cause__ is not None and not isinstance(error, HfHubHTTPError) and not _is_of_the_network(error):
-        error = error.__cause__  # the client wraps what happened in advice of its own
-    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
-        reason = 'HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else f'{hub} cannot be reached'
-        cure = 'unset it' if constants.HF_HUB_OFFLINE else 'restore the connection'
-        return f'{reason} and {name} is not whole in the cache; {cure} and load it once'
-    if isinstance(error, HFValidationError):
-        return f'{name} is neither a folder nor the name of a repository; give DIR, USER/NAME or USER/NAME@REVISION'
-    if isinstance(error, GatedRepoError):
-        return f'{repo_id} is gated; accept its conditions on {hub}/{repo_id}, and log in with: hf auth login'
-    if isinstance(error, RepositoryNotFoundError):
-        return f'{hub} has no {repo_id} that your token may read; check the name, or log in with: hf auth login'
-    if isinstance(error, RevisionNotFoundError):
-        return f'{repo_id} has no revision {revision or "main"!r}; see {hub}/{repo_id}/commits'
-    if isinstance(error, EntryNotFoundError):
-        return f'{name} lacks a file ({_line(error)}); publish it again'
-    if isinstance(error, HfHubHTTPError):
-        status = getattr(error.response, 'status_code', None)
-        path = re.sub(r'^https?://[^/]*|\?.*$', '', str(getattr(error.response, 'url', '')))
-        if status in (401, 403):
-            return f'{hub} refused ({status}) {path}; log in with a token that may do this: hf auth login'
-        if status in (409, 412):
-            return f'someone else changed {repo_id} meanwhile ({status}), nothing of yours is in it; push again'
-        return f'{hub} answered {status} to {path}; the fault is there: try again later'
-    if _is_of_the_network(error):
-        return f'{hub} cannot be reached or broke off ({type(error).__name__}); check the connection, and try again'
-    return f'{name}: {_line(error)}; try again'
+def _cached_repository(folder: Path) -> tuple[str, Path]:
+    """The name of the repository whose snapshot in the Hub's cache a folder is, and the cache."""
+    snapshots = folder.absolute().parent
+    match = re.fullmatch(r'models--(.+?)--(.+)', snapshots.parent.name)
+    if snapshots.name != 'snapshots' or match is None:
+        raise VerificationError(f'{folder} is not in the cache of the Hub: --fix cannot know where to download it from')
+    return f'{match[1]}/{match[2]}@{folder.name}', snapshots.parent.parent
 
 
-def _is_of_the_network(error: BaseException) -> bool:
-    clients = ('httpx', 'httpcore', 'requests', 'urllib3')
-    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(clients)
-
-
-def _fetch(name: str, fix: bool, report: Report) -> tuple[Path, str]:
+def _fetch(name: str, fix: bool, report: Report, cache: Path | None = None) -> tuple[Path, str]:
     """The repository's folder in the cache, each file checked against the Hub's record, and its full name."""
     repo_id, _, revision = name.partition('@')
     try:
@@ -219,7 +206,9 @@ def _fetch(name: str, fix: bool, report: Report) -> tuple[Path, str]:
         if isinstance(error, HFValidationError):
             raise
         try:
-            folder = Path(hf_hub_download(repo_id, CONFIG, revision=revision or None, local_files_only=True)).parent
+            folder = Path(
+                hf_hub_download(repo_id, CONFIG, revision=revision or None, cache_dir=cache, local_files_only=True)
+            ).parent
         except LocalEntryNotFoundError:
             raise error from None
         report(f'offline      {explain(error, name)}: only the copy in the cache is checked')
@@ -231,7 +220,7 @@ def _fetch(name: str, fix: bool, report: Report) -> tuple[Path, str]:
     recorded = {file: digest for file, digest in hashes.items() if digest and not _other_weights(file)}
 
     def fetch(file: str, force: bool = False) -> Path:
-        return Path(hf_hub_download(repo_id, file, revision=revision or None, force_download=force))
+        return Path(hf_hub_download(repo_id, file, revision=revision or None, cache_dir=cache, force_download=force))
 
     config = fetch(CONFIG).parent if CONFIG in recorded else None
     _check_names(set(hashes), _read_config_if_there(config), full)
@@ -301,12 +290,11 @@ def _read_config_if_there(folder: Path | None) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _check_fit(config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> Any:
-    args = {'num_classes': config.get('num_classes', 1000), **config.get('model_args', {})}
+def _check_fit(folder: Path, tensors: Mapping[str, Tensor], name: str) -> Any:
     try:
-        model: Any = timm.create_model(config['architecture'], **args)
+        model: Any = timm.create_model(f'local-dir:{folder}')
     except Exception as error:
-        raise VerificationError(f'{name}: {CONFIG} builds no model: {_line(error)}; correct model_args') from error
+        raise VerificationError(f'{name}: {CONFIG} builds no model: {one_line(error)}; correct model_args') from error
     built = {key: value.clone() for key, value in model.state_dict().items() if key.endswith('.survival_prob')}
     stored = {key: value for key, value in tensors.items() if key.endswith('.survival_prob')}
     if isinstance(model, StochasticDepthNet) and not _equal(built, stored):
@@ -318,12 +306,11 @@ def _check_fit(config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: s
         model.load_state_dict(dict(tensors))
     except (RuntimeError, AttributeError) as error:
         raise VerificationError(
-            f'{name}: {WEIGHTS} does not fit {CONFIG}: {_line(error)}; publish both again'
+            f'{name}: {WEIGHTS} does not fit {CONFIG}: {one_line(error)}; publish both again'
         ) from error
     return model
 
 
-@torch.no_grad()
 def _check_folding(model: nn.Module, name: str, report: Report) -> None:
     """Folding must keep the test-time function: to plain timm, or for the CIFAR nets to rate 0."""
     if not isinstance(model, StochasticDepthNet):
@@ -334,12 +321,7 @@ def _check_folding(model: nn.Module, name: str, report: Report) -> None:
     else:
         folded = copy.deepcopy(model)
         folded.set_drop_path(rate=0)
-    shape: tuple[int, ...] = model.pretrained_cfg['input_size']  # type: ignore[index, assignment]
-    images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
-    expected, found = model(images), folded(images)
-    largest = expected.abs().max().item()
-    if not (expected - found).abs().max().item() <= 1e-5 * largest:
-        raise VerificationError(f'{name}: folding changes the outputs; publish the weights again')
+    check_function(model, folded, f'{name}: folding changes the outputs; publish the weights again')
     report(f'folds        outputs equal to 1e-5 of the largest ({type(folded).__name__})')
 
 
@@ -353,32 +335,5 @@ def _other_weights(file: str) -> bool:
     )
 
 
-def _damage(path: Path) -> str | None:
-    """What a file is that should hold tensors."""
-    size = path.stat().st_size
-    with path.open('rb') as file:
-        start = file.read(64)
-        if not start:
-            return 'is empty'
-        if start.lstrip()[:1] == b'<':
-            return 'holds a web page instead of tensors'
-        if start.startswith(b'version https://git-lfs'):
-            return 'holds a pointer of Git LFS instead of tensors'
-        if size >= 8:
-            (header,) = struct.unpack('<Q', start[:8])
-            file.seek(8)
-            try:
-                offsets = [v['data_offsets'][1] for k, v in json.loads(file.read(header)).items() if k[:2] != '__']
-            except (ValueError, KeyError, TypeError, MemoryError, OverflowError):
-                return None if header <= size else f'is cut short: {size} bytes, and its header alone has {header}'
-            if (whole := 8 + header + max(offsets, default=0)) > size:
-                return f'is cut short: {size} of {whole} bytes'
-    return None
-
-
 def _mismatch(expected: str, found: str) -> str:
     return f'{"sha256" if len(expected) == 64 else "git hash"} {found[:12]}… instead of {expected[:12]}…'
-
-
-def _line(error: BaseException) -> str:
-    return ' '.join(str(error).split())[:200] or type(error).__name__

@@ -1,12 +1,15 @@
 """What several test files need: small networks with weights and statistics that a mistake would show in."""
 
 import argparse
+import time
+import types
 
 import pytest
 import timm
 import torch
 import yaml
 from huggingface_hub import constants
+from huggingface_hub.utils import _http
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 import sd_resnet  # noqa: F401
@@ -77,6 +80,8 @@ def server(tmp_path, monkeypatch):
         )
         monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
         monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+        impatient = types.SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: time.sleep(min(seconds, 0.01))})
+        monkeypatch.setattr(_http, 'time', impatient)  # the client tries as often, and waits less in between
         for name, value in running.environment.items():
             monkeypatch.setenv(name, value)
         yield running

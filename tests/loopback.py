@@ -21,13 +21,15 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 LARGE = ('*.safetensors', '*.bin', '*.pth', '*.png')
+LICENCES = ('apache-2.0', 'mit', 'bsd-3-clause', 'cc-by-4.0', 'other', 'unknown')  # some of those that the Hub knows
 
 
 @dataclass
 class Fault:
     """What goes wrong with the next `times` requests whose method and path match.
 
-    `kind` is `status` (answer with the code `value`), `drop` (cut the connection after `value` bytes of the body),
+    `kind` is `status` (answer with the code `value`), `drop` (cut the connection after `value` bytes of the body, of
+    the request's where there is one),
     `truncate` (send only `value` bytes, and say so), `flip` (invert the byte at `value`), `delay` (wait `value`
     seconds), `etag` (announce the hash `value`) or `body` (send the bytes `value` instead).
     """
@@ -61,7 +63,7 @@ class Hub:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.token = f'hf_{secrets.token_hex(17)}'
-        self.repos, self.faults, self.requests, self.lock = {}, [], [], threading.RLock()
+        self.repos, self.faults, self.requests, self.ranges, self.lock = {}, [], [], [], threading.RLock()
         self.before_commit = None  # called once, with the repository locked by nobody
         handler = type('BoundHandler', (Handler,), {'hub': self})
         self.servers = [ThreadingHTTPServer(('127.0.0.1', 0), handler) for _ in range(2)]
@@ -74,7 +76,7 @@ class Hub:
     def __enter__(self):
         for server in self.servers:
             server.daemon_threads = True
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
@@ -134,9 +136,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_any(self):
         path = unquote(urlsplit(self.path).path)
+        self.fault = self.take_fault(path)
+        if self.fault and self.fault.kind == 'drop' and self.command in ('POST', 'PUT'):
+            self.rfile.read(self.fault.value)
+            return self.hang_up()
         self.body = self.read_body()
         self.hub.requests.append((self.command, path))
-        self.fault = self.take_fault(path)
+        if 'Range' in self.headers:
+            self.hub.ranges.append(self.headers['Range'])
         try:
             if self.fault and self.fault.kind == 'status':
                 raise Refused(self.fault.value, 'injected')
@@ -159,6 +166,10 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
+
+    def hang_up(self):
+        self.connection.shutdown(socket.SHUT_RDWR)
+        self.close_connection = True
 
     def read_body(self):
         if (self.headers.get('Transfer-Encoding') or '').lower() != 'chunked':
@@ -230,6 +241,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             found = yaml.safe_load(match.group(1)) if match else None
             errors = [] if isinstance(found, dict) else [{'message': 'the card has no metadata'}]
+            if not errors and found.get('license', 'other') not in LICENCES:
+                errors = [{'message': '"license" must be one of [...]'}]
         except yaml.YAMLError as error:
             errors = [{'message': str(error)}]
         self.answer({'errors': errors, 'warnings': []}, 400 if errors else 200)
@@ -356,8 +369,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data[:value] if kind == 'drop' else data)
         if kind == 'drop':
             self.wfile.flush()
-            self.connection.shutdown(socket.SHUT_RDWR)
-            self.close_connection = True
+            self.hang_up()
 
 
 _ID = r'(?P<repo_id>[^/]+/[^/]+)'

@@ -229,6 +229,17 @@ def test_a_run_goes_to_the_hub_and_validates_the_same_from_there(digits, server,
     assert cli.main(['verify', 'me/trained']) == 0
 
 
+def test_averaged_checkpoints_go_to_the_hub_without_an_accuracy_that_nobody_measured(digits, server, tmp_path):
+    _train(digits, tmp_path, epochs=2)
+    run = tmp_path / 'run'
+    _run('avg_checkpoints.py', '--input', run, '--output', run / 'averaged.pth', '-n', 2)
+    assert cli.main(['push', str(run), '--repo-id', 'me/averaged', '--checkpoint', 'averaged.pth']) == 0
+    assert '| test accuracy | not recorded |' in server.files('me/averaged')['README.md'].decode()
+    loaded = timm.create_model('hf-hub:me/averaged', pretrained=True).state_dict()
+    averaged = torch.load(run / 'averaged.pth', weights_only=True)
+    assert all(torch.equal(tensor, averaged[key].to(tensor.dtype)) for key, tensor in loaded.items())
+
+
 def _result(output):
     return json.loads(output[output.rindex('{') : output.rindex('}') + 1])
 
