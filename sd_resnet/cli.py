@@ -126,6 +126,31 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--plot', type=Path, metavar='FILE', help='draw the ratios against the share of FLOPs')
 
     sub = command(
+        'data',
+        "write a data set as timm's scripts read it, with fewer or padded training images",
+        'data fashion-mnist images --pad 4',
+        _data,
+    )
+    sub.add_argument('name', choices=('fashion-mnist',), help='of the data set')
+    sub.add_argument('folder', type=Path, metavar='DIR', help="for timm's --data-dir")
+    sub.add_argument('--pad', type=int, default=0, metavar='PX', help='zeros around each training image (%(default)s)')
+    sub.add_argument('--images', type=_positive, metavar='N', help='training images, equally many of each class (all)')
+
+    sub = command(
+        'study',
+        "measure the paper's claims with timm's train.py, cell by cell; go on where it was stopped",
+        'study --script pytorch-image-models/train.py --data images --jobs 2',
+        _study,
+    )
+    sub.add_argument('--script', type=Path, metavar='FILE', help="train.py in a clone of timm's repository")
+    sub.add_argument('--data', type=Path, metavar='DIR', help='written by sd-resnet data fashion-mnist DIR')
+    sub.add_argument('--out', type=Path, default=Path('docs/study'), metavar='DIR', help='of records (%(default)s)')
+    sub.add_argument('--work', type=Path, default=Path('study'), metavar='DIR', help='of images and runs (%(default)s)')
+    sub.add_argument('--cells', nargs='+', default=(), metavar='NAME', help='to run (all); --list names them')
+    sub.add_argument('--jobs', type=_positive, default=1, metavar='N', help='cells side by side (%(default)s)')
+    sub.add_argument('--list', action='store_true', help="name the cells and their arguments of timm's script")
+
+    sub = command(
         'export',
         'write a checkpoint as a plain timm ResNet, survival probabilities folded into the weights',
         'export output/train/RUN/model_best.pth.tar --out resnet50.safetensors',
@@ -240,6 +265,25 @@ def _growth(args: argparse.Namespace) -> None:
         from .plots import plot_growth
 
         plot_growth(settings, rows, args.plot)
+
+
+def _data(args: argparse.Namespace) -> None:
+    from .datasets import write_fashion_mnist
+
+    folder = write_fashion_mnist(args.folder, args.pad, args.images)
+    print(f'wrote {folder}; train with --dataset torch/fashion_mnist --data-dir {folder} --val-split test')
+
+
+def _study(args: argparse.Namespace) -> None:
+    from . import study
+
+    if args.list:
+        for cell in study.CELLS:
+            print(f'{cell.name:<26}{" ".join(cell.arguments())}')
+        return
+    if args.script is None or args.data is None:
+        raise _UsageError('give --script and --data, or --list')
+    study.run(args.script, args.data, args.work, args.out, args.cells, args.jobs)
 
 
 def _export(args: argparse.Namespace) -> None:
