@@ -45,6 +45,7 @@ _RECIPE = (
     *('epochs', 'batch_size', 'grad_accum_steps', 'opt', 'lr', 'momentum', 'weight_decay', 'clip_grad', 'sched'),
     *('warmup_epochs', 'img_size', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'color_jitter', 'aa', 'reprob'),
     *('mixup', 'cutmix', 'smoothing', 'drop', 'amp', 'amp_dtype', 'model_ema', 'model_ema_decay', 'pretrained', 'seed'),
+    'notes',
 )
 _LIMITS = (
     'Trained and tested on one data set and one split, by one run; nothing is known of other images. Scores are not '

@@ -192,6 +192,7 @@ def _start(cell: Cell, scale: Scale, script: Path, work: Path, out: Path) -> sub
         'cell': dataclasses.asdict(cell),
         'scale': dataclasses.asdict(scale),
         'arguments': [*scale.arguments(), *cell.arguments()],
+        'parent': os.getpid(),
         'script': str(script.absolute()),
         'folder': str((work / cell.name).absolute()),
         'data': str(data.absolute()),

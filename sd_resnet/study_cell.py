@@ -41,6 +41,7 @@ class Recorder:
 
     Args:
         steps: Of an epoch.
+        parent: Process that started this one; when it is gone, this one ends.
 
     Attributes:
         epochs: For each epoch: learning rate, mean training loss, mean number of branches that ran (in subset mode
@@ -48,7 +49,7 @@ class Recorder:
         block_runs: How often each block's branch ran.
     """
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, parent: int) -> None:
         self.epochs: list[dict[str, float]] = []
         self.block_runs: list[float] = []
         self._steps = steps
@@ -57,7 +58,7 @@ class Recorder:
         self._start = 0.0
         self._loss = 0.0
         self._sums = dict.fromkeys(('train_loss', 'depth', 'gradient', 'cpu_seconds'), 0.0)
-        self._parent = os.getppid()
+        self._parent = parent
 
     def watch(self, model: Any) -> None:
         """Record the training of this network."""
@@ -103,7 +104,7 @@ def main(settings: dict[str, Any]) -> None:
     """Train, measure, write the record."""
     torch.set_num_threads(1)
     cell, scale, folder = settings['cell'], settings['scale'], Path(settings['folder'])
-    recorder = Recorder(scale['images'] // scale['batch'])
+    recorder = Recorder(scale['images'] // scale['batch'], settings['parent'])
     create_model = timm.models.create_model
 
     def create_watched(*args: Any, **kwargs: Any) -> Any:
