@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import ast
-import dataclasses
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__
+from . import __version__, cli_zoo
+from .cli_arguments import UsageError, positive
 
 GROWTH = ('sd_resnet50', 'sd_resnet101', 'sd_resnet152')
 
@@ -24,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f'\nsd-resnet {args.command}: interrupted; {error}'.rstrip('; '), file=sys.stderr)
         return 1
-    except _UsageError as error:
+    except UsageError as error:
         print(f'sd-resnet {args.command}: error: {error}', file=sys.stderr)
         return 2
     except Exception as error:
@@ -65,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         _quickstart,
     )
     sub.add_argument('--out', type=Path, default=Path('quickstart'), metavar='DIR', help='new folder (%(default)s)')
-    sub.add_argument('--epochs', type=_positive, default=None, metavar='N', help='passes over the training images')
+    sub.add_argument('--epochs', type=positive, default=None, metavar='N', help='passes over the training images')
     sub.add_argument('--seed', type=int, default=0, metavar='N', help='of all random numbers (%(default)s)')
     sub.add_argument('--resume', action='store_true', help='go on where an interrupted run stopped')
     sub.add_argument('--compare', action='store_true', help='train the constant-depth network beside it')
@@ -80,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             '--schedule', type=_schedule, metavar='NAME|LIST', help='linear, uniform, timm, or 1,0.5 or [p_1, ..., p_L]'
         )
-        sub.add_argument('--img-size', type=_positive, metavar='PX', help="height and width (the model's)")
+        sub.add_argument('--img-size', type=positive, metavar='PX', help="height and width (the model's)")
         if name == 'plot':
             sub.add_argument('--out', type=Path, metavar='FILE', help='picture to write (MODEL.png)')
 
@@ -91,12 +90,12 @@ def _parser() -> argparse.ArgumentParser:
         _bench,
     )
     sub.add_argument('--model', default='sd_resnet50', metavar='NAME', help='architecture (%(default)s)')
-    sub.add_argument('--batch', type=_positive, default=16, metavar='N', help='images of a step (%(default)s)')
-    sub.add_argument('--size', type=_positive, metavar='PX', help="height and width (the model's)")
+    sub.add_argument('--batch', type=positive, default=16, metavar='N', help='images of a step (%(default)s)')
+    sub.add_argument('--size', type=positive, metavar='PX', help="height and width (the model's)")
     sub.add_argument('--drop-path', type=float, default=0.5, metavar='RATE', help='1 - p_L (%(default)s)')
-    sub.add_argument('--steps', type=_positive, default=60, metavar='N', help='of each contestant (%(default)s)')
+    sub.add_argument('--steps', type=positive, default=60, metavar='N', help='of each contestant (%(default)s)')
     sub.add_argument(
-        '--saved-steps', type=_positive, default=200, metavar='N', help='to count bytes kept for backward (%(default)s)'
+        '--saved-steps', type=positive, default=200, metavar='N', help='to count bytes kept for backward (%(default)s)'
     )
     sub.add_argument('--precision', default='float32', choices=('float32', 'bfloat16', 'float16'))
     sub.add_argument('--channels-last', action='store_true', help='memory format of images and weights')
@@ -120,67 +119,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         '--survival', type=float, nargs='+', default=(0.2, 0.5, 0.8, 1.0), metavar='P', help='p_L (0.2 0.5 0.8 1.0)'
     )
-    sub.add_argument('--batch', type=_positive, default=16, metavar='N', help='images of a step (%(default)s)')
-    sub.add_argument('--size', type=_positive, metavar='PX', help="height and width (the model's)")
-    sub.add_argument('--steps', type=_positive, default=40, metavar='N', help='of each contestant (%(default)s)')
+    sub.add_argument('--batch', type=positive, default=16, metavar='N', help='images of a step (%(default)s)')
+    sub.add_argument('--size', type=positive, metavar='PX', help="height and width (the model's)")
+    sub.add_argument('--steps', type=positive, default=40, metavar='N', help='of each contestant (%(default)s)')
     sub.add_argument('--device', default='cpu', help='for example cuda (%(default)s)')
     sub.add_argument('--json', type=Path, metavar='FILE', help="write every step's time")
     sub.add_argument('--plot', type=Path, metavar='FILE', help='draw the ratios against the share of FLOPs')
 
-    sub = command(
-        'data',
-        "write a data set as timm's scripts read it, with fewer or padded training images",
-        'data fashion-mnist images --pad 4',
-        _data,
-    )
-    sub.add_argument('name', choices=('fashion-mnist',), help='of the data set')
-    sub.add_argument('folder', type=Path, metavar='DIR', help="for timm's --data-dir")
-    sub.add_argument('--pad', type=int, default=0, metavar='PX', help='zeros around each training image (%(default)s)')
-    sub.add_argument('--images', type=_positive, metavar='N', help='training images, equally many of each class (all)')
-
-    sub = command(
-        'study',
-        "measure the paper's claims with timm's train.py, cell by cell; go on where it was stopped",
-        'study --script pytorch-image-models/train.py --data images --jobs 2',
-        _study,
-    )
-    sub.add_argument('--script', type=Path, metavar='FILE', help="train.py in a clone of timm's repository")
-    sub.add_argument('--data', type=Path, metavar='DIR', help='written by sd-resnet data fashion-mnist DIR')
-    sub.add_argument('--out', type=Path, default=Path('docs/study'), metavar='DIR', help='of records (%(default)s)')
-    sub.add_argument('--work', type=Path, default=Path('study'), metavar='DIR', help='of images and runs (%(default)s)')
-    sub.add_argument('--cells', nargs='+', default=(), metavar='NAME', help='to run (all); --list names them')
-    sub.add_argument('--jobs', type=_positive, default=1, metavar='N', help='cells side by side (%(default)s)')
-    sub.add_argument('--report', action='store_true', help='run nothing: tables and pictures from the records in --out')
-    sub.add_argument('--card', type=Path, metavar='FILE', help='with --report: put the claims between its markers')
-    sub.add_argument('--list', action='store_true', help="name the cells and their arguments of timm's script")
-
-    sub = command('recipe', "list recipes for timm's train.py --config, or print one's path", 'recipe fmnist', _recipe)
-    sub.add_argument('name', nargs='?', metavar='NAME', help='print its path; without it, list all')
-
-    sub = command(
-        'evaluate',
-        'measure the accuracy of a model on a test set',
-        'evaluate sd_resnet32_cifar.fmnist --data images',
-        _evaluate,
-    )
-    sub.add_argument('model', metavar='MODEL', help="timm's name of pretrained weights, hf-hub:REPO or local-dir:DIR")
-    sub.add_argument('--data', type=Path, required=True, metavar='DIR', help='Fashion-MNIST, or folders of images')
-    sub.add_argument('--images', type=_positive, metavar='N', help='only the first ones (all)')
-    sub.add_argument('--json', action='store_true', help='print JSON')
-
-    sub = command(
-        'release',
-        'write the weights of a training run on Fashion-MNIST as a pretrained tag, and the index of all',
-        'release output/train/RUN --tag fmnist --data images',
-        _release,
-    )
-    sub.add_argument('run_folder', type=Path, nargs='?', metavar='RUN', help='without it, only the index is written')
-    sub.add_argument('--tag', metavar='NAME', help='of the weights')
-    sub.add_argument('--data', type=Path, metavar='DIR', help='written by sd-resnet data fashion-mnist DIR')
-    sub.add_argument('--weights', type=Path, default=Path('weights'), metavar='DIR', help='of all (%(default)s)')
-    sub.add_argument('--half', action='store_true', help='store convolutions and classifier as float16')
-    sub.add_argument('--user', default='USER', metavar='NAME', help='owner of the repository, for the card')
-    sub.add_argument('--baseline', metavar='TEXT', help='what the same recipe reaches otherwise, for the card')
+    cli_zoo.add_commands(command)
 
     sub = command(
         'export',
@@ -299,75 +245,6 @@ def _growth(args: argparse.Namespace) -> None:
         plot_growth(settings, rows, args.plot)
 
 
-def _data(args: argparse.Namespace) -> None:
-    from .datasets import write_fashion_mnist
-
-    folder = write_fashion_mnist(args.folder, args.pad, args.images)
-    print(f'wrote {folder}; train with --dataset torch/fashion_mnist --data-dir {folder} --val-split test')
-
-
-def _study(args: argparse.Namespace) -> None:
-    from . import study
-
-    if args.list:
-        for cell in study.CELLS:
-            print(f'{cell.name:<28}{" ".join(cell.arguments())}')
-        return
-    if args.report:
-        from .study_plots import plot_study
-        from .study_report import TABLES, write_report
-
-        records = write_report(args.out, args.card)
-        for path in (args.out / TABLES, *plot_study(records, args.out)):
-            print(f'wrote {path}')
-        if records.missing:
-            print(f'missing cells: {", ".join(records.missing)}')
-        return
-    if args.script is None or args.data is None:
-        raise _UsageError('give --script and --data, or --report, or --list')
-    study.run(args.script, args.data, args.work, args.out, args.cells, args.jobs)
-
-
-def _recipe(args: argparse.Namespace) -> None:
-    from .recipes import recipes
-
-    found = recipes()
-    if args.name is None:
-        for name, (_, summary) in found.items():
-            print(f'{name:<22}{summary}')
-    elif args.name in found:
-        print(found[args.name][0])
-    else:
-        raise ValueError(f'recipe must be one of {", ".join(found)}, got {args.name!r}')
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    from .evaluation import evaluate
-
-    found = evaluate(args.model, args.data, args.images, progress=sys.stderr.isatty())
-    if args.json:
-        print(json.dumps({'model': args.model, **dataclasses.asdict(found)}))
-    else:
-        print(
-            f'{args.model}: top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} %, error {100 - found.top1:.2f} %, '
-            f'{found.images} images'
-        )
-
-
-def _release(args: argparse.Namespace) -> None:
-    from .release import release, write_index
-
-    if args.run_folder is None:
-        print(f'wrote {write_index(args.weights)}')
-        return
-    if args.tag is None or args.data is None:
-        raise _UsageError('give --tag and --data with a run')
-    folder, found = release(
-        args.run_folder, args.tag, args.data, args.weights, half=args.half, user=args.user, baseline=args.baseline
-    )
-    print(f'wrote {folder}, top-1 {found.top1:.2f} %, error {100 - found.top1:.2f} %')
-
-
 def _export(args: argparse.Namespace) -> None:
     from .checkpoints import NO_PLAIN_CIFAR, export
 
@@ -389,7 +266,7 @@ def _push(args: argparse.Namespace) -> None:
     if args.all:
         _refuse(args, '--all', 'source', 'repo_id', 'revision', 'private', *written)
     elif args.source is None or args.repo_id is None:
-        raise _UsageError('give DIR and --repo-id USER/NAME, or --all')
+        raise UsageError('give DIR and --repo-id USER/NAME, or --all')
     elif args.dry_run:
         _refuse(args, '--dry-run', 'private', 'revision', 'message')
 
@@ -423,22 +300,10 @@ def _verify(args: argparse.Namespace) -> None:
     verify(args.target, args.fix)
 
 
-class _UsageError(Exception):
-    """Wrong usage that argparse cannot see."""
-
-
 def _refuse(args: argparse.Namespace, option: str, *names: str) -> None:
     for name in names:
         if getattr(args, name):
-            raise _UsageError(
-                f'{name if name == "source" else "--" + name.replace("_", "-")} does not go with {option}'
-            )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'must be a whole number of at least 1, got {text!r}')
-    return int(text)
+            raise UsageError(f'{name if name == "source" else "--" + name.replace("_", "-")} does not go with {option}')
 
 
 def _schedule(text: str) -> str | list[float]:

@@ -70,6 +70,8 @@ def release(
     run.metrics = {'eval_loss': reached.loss, 'eval_top1': reached.top1, 'eval_top5': reached.top5}
     run.label_names = list(datasets.LABELS)
     notes = [PADDED, MEASURED] if run.args.get('scale') == [0.605, 0.605] else [MEASURED]
+    if run.args.get('resume'):
+        notes.append('the training was interrupted and went on from a checkpoint (--resume)')
     run.args |= {'hardware': hardware, 'baseline': baseline, 'notes': '; '.join(notes)}
 
     name = f'{run.args["model"].split(".")[0]}.{tag}'
