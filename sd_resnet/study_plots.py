@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .plots import METHODS, new_figure, save_figure
-from .study_report import CONSTANT, STOCHASTIC, Record, Records, final_error, sweep
+from .study_report import CONSTANT, STOCHASTIC, Record, Records, drawn, final_error, sweep
 
 TITLES = {CONSTANT: 'constant depth', STOCHASTIC: 'stochastic depth, $p_L$ = 0.5'}
 SETTINGS = ((False, 'no augmentation'), (True, 'pad, crop and flip'))
@@ -24,19 +24,16 @@ def plot_study(records: Records, folder: Path) -> list[Path]:
     Raises:
         ModuleNotFoundError: matplotlib is missing.
     """
-    both = all(records.of(method) for method in TITLES)
-    analysed = any(record['analysis'] for record in records.found.values())
-    drawn = []
-    for name, possible, draw in (
-        ('curves', both, _plot_curves),
-        ('gradient', both, _plot_gradient),
-        ('sweep', len(sweep(records, 'linear')) > 1, _plot_sweep),
-        ('sub_networks', analysed, _plot_parts),
-    ):
-        if possible:
-            drawn.append(folder / f'{name}.png')
-            draw(records, drawn[-1])
-    return drawn
+    functions = {
+        'curves': _plot_curves,
+        'gradient': _plot_gradient,
+        'sweep': _plot_sweep,
+        'sub_networks': _plot_parts,
+    }
+    paths = {name: folder / f'{name}.png' for name in drawn(records)}
+    for name, path in paths.items():
+        functions[name](records, path)
+    return list(paths.values())
 
 
 def _plot_curves(records: Records, path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +22,12 @@ TABLES = 'tables.md'
 CLAIMS = ('<!-- claims: written by sd-resnet study --report -->', '<!-- end of claims -->')
 CONSTANT, STOCHASTIC = 'constant', 'linear-0.5'
 MISSING = 'no record yet'
+ALTERNATIVES = {  # text of each picture
+    'curves': 'Test error and training loss per epoch, constant depth against stochastic depth (Fig. 3 of the paper)',
+    'gradient': 'Mean absolute gradient of the first convolution per epoch (Fig. 7 of the paper)',
+    'sweep': 'Test error over the survival probability of the last block, linear and uniform (Fig. 8 of the paper)',
+    'sub_networks': 'Test error of averages of sub-networks, and with blocks removed at test time',
+}
 IMAGE_SIZE = 28
 
 
@@ -103,14 +110,15 @@ def write_report(folder: Path, card: Path | None = None, cells: Sequence[Cell] =
         raise ValueError(f'{folder} holds no record of a cell; run some with sd-resnet study first')
     parts = ['# The study: tables', _preface(records), '## Claims', claims_table(records)]
     parts += ['## Cells', cells_table(records), '## Sub-networks', ensemble_table(records)]
-    parts += ['## Blocks removed at test time', removal_table(records)]
+    parts += ['## Blocks removed at test time', removal_table(records), '## Pictures', _pictures(records, '')]
     (folder / TABLES).write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
     if card is not None:
         text = card.read_text(encoding='utf-8')
         if not all(marker in text for marker in CLAIMS):
             raise ValueError(f'{card} must hold the lines {CLAIMS[0]} and {CLAIMS[1]}')
         before, after = text.split(CLAIMS[0])[0], text.split(CLAIMS[1])[1]
-        card.write_text(f'{before}{CLAIMS[0]}\n{claims_table(records)}\n{CLAIMS[1]}{after}', encoding='utf-8')
+        claims = f'{claims_table(records)}\n\n{_pictures(records, f"{os.path.relpath(folder, card.parent)}/")}'
+        card.write_text(f'{before}{CLAIMS[0]}\n{claims}\n{CLAIMS[1]}{after}', encoding='utf-8')
     return records
 
 
@@ -126,6 +134,22 @@ def _preface(records: Records) -> str:
     if records.missing:
         lines.append(f'Missing cells: {", ".join(records.missing)}.')
     return '\n\n'.join(lines)
+
+
+def drawn(records: Records) -> list[str]:
+    """Names of the pictures that there are records for."""
+    both = bool(records.of(CONSTANT) and records.of(STOCHASTIC))
+    possible = {
+        'curves': both,
+        'gradient': both,
+        'sweep': len(sweep(records, 'linear')) > 1,
+        'sub_networks': any(record['analysis'] for record in records.found.values()),
+    }
+    return [name for name in ALTERNATIVES if possible[name]]
+
+
+def _pictures(records: Records, folder: str) -> str:
+    return '\n\n'.join(f'![{ALTERNATIVES[name]}]({folder}{name}.png)' for name in drawn(records)) or f'{MISSING}.'
 
 
 def cells_table(records: Records) -> str:

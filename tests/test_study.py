@@ -122,7 +122,7 @@ def test_the_card_takes_the_claims_between_its_markers(records, tmp_path):
     write_report(records, card)
     text = card.read_text()
     assert text.startswith(f'before\n{CLAIMS[0]}\n| claim')
-    assert text.endswith(f'|\n{CLAIMS[1]}\nafter\n')
+    assert text.endswith(f'](records/sub_networks.png)\n{CLAIMS[1]}\nafter\n')
     assert '\nold\n' not in text
     card.write_text('no markers')
     with pytest.raises(ValueError, match='must hold the lines'):
