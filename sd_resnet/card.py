@@ -21,7 +21,7 @@ _RECIPE = (
     *('epochs', 'batch_size', 'grad_accum_steps', 'opt', 'lr', 'lr_base', 'lr_base_size', 'lr_base_scale', 'momentum'),
     *('weight_decay', 'clip_grad', 'sched', 'warmup_epochs', 'img_size', 'train_crop_mode', 'scale', 'ratio', 'hflip'),
     *('color_jitter', 'aa', 'reprob', 'mixup', 'cutmix', 'smoothing', 'drop', 'amp', 'amp_dtype', 'model_ema'),
-    *('model_ema_decay', 'seed', 'device'),
+    *('model_ema_decay', 'seed', 'device', 'notes'),
 )
 _ONLY_WITH = {'amp_dtype': 'amp', 'model_ema_decay': 'model_ema'}
 _LIMITS = (

@@ -9,7 +9,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__
+from . import __version__, cli_zoo
+from .cli_arguments import UsageError, positive
 
 GROWTH = ('sd_resnet50', 'sd_resnet101', 'sd_resnet152')
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f'\nsd-resnet {args.command}: interrupted; {error}'.rstrip('; '), file=sys.stderr)
         return 1
-    except _UsageError as error:
+    except UsageError as error:
         print(f'sd-resnet {args.command}: error: {error}', file=sys.stderr)
         return 2
     except Exception as error:
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         _quickstart,
     )
     sub.add_argument('--out', type=Path, default=Path('quickstart'), metavar='DIR', help='new folder (%(default)s)')
-    sub.add_argument('--epochs', type=_positive, default=None, metavar='N', help='passes over the training images')
+    sub.add_argument('--epochs', type=positive, default=None, metavar='N', help='passes over the training images')
     sub.add_argument('--seed', type=int, default=0, metavar='N', help='of all random numbers (%(default)s)')
     sub.add_argument('--resume', action='store_true', help='go on where an interrupted run stopped')
     sub.add_argument('--compare', action='store_true', help='train the constant-depth network beside it')
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             '--schedule', type=_schedule, metavar='NAME|LIST', help='linear, uniform, timm, or 1,0.5 or [p_1, ..., p_L]'
         )
-        sub.add_argument('--img-size', type=_positive, metavar='PX', help="height and width (the model's)")
+        sub.add_argument('--img-size', type=positive, metavar='PX', help="height and width (the model's)")
         if name == 'plot':
             sub.add_argument('--out', type=Path, metavar='FILE', help='picture to write (MODEL.png)')
 
@@ -89,12 +90,12 @@ def _parser() -> argparse.ArgumentParser:
         _bench,
     )
     sub.add_argument('--model', default='sd_resnet50', metavar='NAME', help='architecture (%(default)s)')
-    sub.add_argument('--batch', type=_positive, default=16, metavar='N', help='images of a step (%(default)s)')
-    sub.add_argument('--size', type=_positive, metavar='PX', help="height and width (the model's)")
+    sub.add_argument('--batch', type=positive, default=16, metavar='N', help='images of a step (%(default)s)')
+    sub.add_argument('--size', type=positive, metavar='PX', help="height and width (the model's)")
     sub.add_argument('--drop-path', type=float, default=0.5, metavar='RATE', help='1 - p_L (%(default)s)')
-    sub.add_argument('--steps', type=_positive, default=60, metavar='N', help='of each contestant (%(default)s)')
+    sub.add_argument('--steps', type=positive, default=60, metavar='N', help='of each contestant (%(default)s)')
     sub.add_argument(
-        '--saved-steps', type=_positive, default=200, metavar='N', help='to count bytes kept for backward (%(default)s)'
+        '--saved-steps', type=positive, default=200, metavar='N', help='to count bytes kept for backward (%(default)s)'
     )
     sub.add_argument('--precision', default='float32', choices=('float32', 'bfloat16', 'float16'))
     sub.add_argument('--channels-last', action='store_true', help='memory format of images and weights')
@@ -118,12 +119,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         '--survival', type=float, nargs='+', default=(0.2, 0.5, 0.8, 1.0), metavar='P', help='p_L (0.2 0.5 0.8 1.0)'
     )
-    sub.add_argument('--batch', type=_positive, default=16, metavar='N', help='images of a step (%(default)s)')
-    sub.add_argument('--size', type=_positive, metavar='PX', help="height and width (the model's)")
-    sub.add_argument('--steps', type=_positive, default=40, metavar='N', help='of each contestant (%(default)s)')
+    sub.add_argument('--batch', type=positive, default=16, metavar='N', help='images of a step (%(default)s)')
+    sub.add_argument('--size', type=positive, metavar='PX', help="height and width (the model's)")
+    sub.add_argument('--steps', type=positive, default=40, metavar='N', help='of each contestant (%(default)s)')
     sub.add_argument('--device', default='cpu', help='for example cuda (%(default)s)')
     sub.add_argument('--json', type=Path, metavar='FILE', help="write every step's time")
     sub.add_argument('--plot', type=Path, metavar='FILE', help='draw the ratios against the share of FLOPs')
+
+    cli_zoo.add_commands(command)
 
     sub = command(
         'export',
@@ -263,7 +266,7 @@ def _push(args: argparse.Namespace) -> None:
     if args.all:
         _refuse(args, '--all', 'source', 'repo_id', 'revision', 'private', *written)
     elif args.source is None or args.repo_id is None:
-        raise _UsageError('give DIR and --repo-id USER/NAME, or --all')
+        raise UsageError('give DIR and --repo-id USER/NAME, or --all')
     elif args.dry_run:
         _refuse(args, '--dry-run', 'private', 'revision', 'message')
 
@@ -297,22 +300,10 @@ def _verify(args: argparse.Namespace) -> None:
     verify(args.target, args.fix)
 
 
-class _UsageError(Exception):
-    """Wrong usage that argparse cannot see."""
-
-
 def _refuse(args: argparse.Namespace, option: str, *names: str) -> None:
     for name in names:
         if getattr(args, name):
-            raise _UsageError(
-                f'{name if name == "source" else "--" + name.replace("_", "-")} does not go with {option}'
-            )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'must be a whole number of at least 1, got {text!r}')
-    return int(text)
+            raise UsageError(f'{name if name == "source" else "--" + name.replace("_", "-")} does not go with {option}')
 
 
 def _schedule(text: str) -> str | list[float]:

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 
 # The same colour for the same thing in every picture (Okabe and Ito's palette, safe for colour-blind readers).
 KEPT, DROPPED, PROBABILITY, OTHER = '#0072B2', '#D5D9DE', '#D55E00', '#8C96A0'
+METHODS = {
+    'constant': OTHER,
+    'linear-0.5': KEPT,
+    'uniform-0.5': '#CC79A7',
+    'row-0.5': '#E69F00',
+    'subset-0.5': '#009E73',
+}
 
 
 def new_figure(columns: int, height: float = 3.6, rows: int = 1) -> tuple[Any, Any]:

@@ -16,6 +16,7 @@ from .compiling import outside_compiler
 from .resnet_blocks import ResidualBlock, Stage
 from .schedules import Schedule, expected_depth, survival_probs
 from .stochastic_depth import Decision, draw_per_batch, draw_per_sample, scriptable_copy
+from .weights import spread_stem
 
 
 class StochasticDepthNet(nn.Module):
@@ -223,7 +224,9 @@ def build(model_cls: type[StochasticDepthNet], variant: str, pretrained: bool, *
     features = dict(feature_cls='getter', out_indices=tuple(range(1 + len(model_cls.stage_names))))
     features.update(kwargs.pop('feature_cfg', None) or {})
     try:
-        return build_model_with_cfg(model_cls, variant, pretrained, feature_cfg=features, **kwargs)
+        return build_model_with_cfg(
+            model_cls, variant, pretrained, feature_cfg=features, pretrained_filter_fn=spread_stem, **kwargs
+        )
     except OSError as error:
         if pretrained:
             advice = (

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .resnet_base import StochasticDepthNet, build
 from .resnet_blocks import Stage, StochasticBasicBlock
 from .schedules import Schedule
+from .weights import released
 
 
 class PadShortcut(nn.Module):
@@ -200,15 +201,17 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+# The untagged configuration stays the default ('*'), of colour images; released weights are asked for by their tag.
 default_cfgs = generate_default_cfgs(
     {
-        'sd_resnet20_cifar': _cfg(),
-        'sd_resnet32_cifar': _cfg(),
-        'sd_resnet44_cifar': _cfg(),
-        'sd_resnet56_cifar': _cfg(),
-        'sd_resnet110_cifar': _cfg(),
-        'sd_resnet152_cifar': _cfg(),
-        'sd_resnet1202_cifar': _cfg(),
+        **released(*(f'sd_resnet{depth}_cifar' for depth in (20, 32, 44, 56, 110, 152, 1202))),
+        'sd_resnet20_cifar.*': _cfg(),
+        'sd_resnet32_cifar.*': _cfg(),
+        'sd_resnet44_cifar.*': _cfg(),
+        'sd_resnet56_cifar.*': _cfg(),
+        'sd_resnet110_cifar.*': _cfg(),
+        'sd_resnet152_cifar.*': _cfg(),
+        'sd_resnet1202_cifar.*': _cfg(),
     }
 )
 

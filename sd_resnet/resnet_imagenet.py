@@ -23,6 +23,7 @@ from torch import Tensor
 from .resnet_base import StochasticDepthNet, build
 from .resnet_blocks import Stage, StochasticBasicBlock, StochasticBottleneck
 from .schedules import Schedule
+from .weights import released
 
 
 class StochasticResNet(StochasticDepthNet, ResNet):
@@ -70,30 +71,31 @@ class StochasticResNet(StochasticDepthNet, ResNet):
 
 
 def _cfgs(variant: str) -> dict[str, PretrainedCfg]:
-    """Tags of `sd_<variant>`, with the preprocessing that timm's registry holds for the same weights."""
+    """Tags of `sd_<variant>`, with the preprocessing that timm's registry holds for the same weights; the first, or
+    the untagged one, is the default ('*'), whatever is released here."""
     cfgs = get_arch_pretrained_cfgs(variant)
     tags = [f'{variant}.{tag}' for tag in ('a1_in1k', 'a2_in1k') if f'{variant}.{tag}' in cfgs]
     if not tags:  # no weights trained with stochastic depth
         plain = cfgs[f'{variant}.{get_pretrained_cfg_value(variant, "tag")}']
-        return {f'sd_{variant}': replace(plain, url='', hf_hub_id=None, tag=None)}
+        return {f'sd_{variant}.*': replace(plain, url='', hf_hub_id=None, tag=None)}
     return {
-        f'sd_{name}': replace(cfgs[name], url='', hf_hub_id=f'timm/{name}', hf_hub_filename='model.safetensors')
+        f'sd_{name}{"*" * (name == tags[0])}': replace(
+            cfgs[name], url='', hf_hub_id=f'timm/{name}', hf_hub_filename='model.safetensors'
+        )
         for name in tags
     }
 
 
+_VARIANTS = (
+    *('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnet50d', 'resnet101d', 'resnet152d'),
+    *('wide_resnet50_2', 'resnext50_32x4d'),
+)
+
+
 default_cfgs = generate_default_cfgs(
     {
-        **_cfgs('resnet18'),
-        **_cfgs('resnet34'),
-        **_cfgs('resnet50'),
-        **_cfgs('resnet101'),
-        **_cfgs('resnet152'),
-        **_cfgs('resnet50d'),
-        **_cfgs('resnet101d'),
-        **_cfgs('resnet152d'),
-        **_cfgs('wide_resnet50_2'),
-        **_cfgs('resnext50_32x4d'),
+        **released(*(f'sd_{variant}' for variant in _VARIANTS)),
+        **{name: cfg for variant in _VARIANTS for name, cfg in _cfgs(variant).items()},
     }
 )
 

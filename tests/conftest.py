@@ -1,9 +1,11 @@
 """What several test files need: small networks with weights and statistics that a mistake would show in."""
 
 import argparse
+import hashlib
 import time
 import types
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,6 +15,7 @@ from huggingface_hub.utils import _http
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 import sd_resnet  # noqa: F401
+from sd_resnet import datasets
 
 from .loopback import Hub
 
@@ -127,6 +130,24 @@ def write_run(folder, name='sd_resnet18', epochs=(41.5, 52.25), seed=0, **kwargs
         saver.save_checkpoint(epoch, accuracy)
         lines.append(f'{epoch},{2 - epoch / 8},{2.125 - epoch / 8},{accuracy},{accuracy + 30},0.05')
     (folder / 'summary.csv').write_text('\n'.join(lines) + '\n')
+    return folder
+
+
+@pytest.fixture
+def fashion(tmp_path, monkeypatch):
+    """Files like Fashion-MNIST's, of 400 and 100 images of noise, taken for the published ones; their folder."""
+    folder = tmp_path / 'fashion'
+    (folder / datasets.RAW).mkdir(parents=True)
+    random = np.random.default_rng(0)
+    hashes = {}
+    for split, count in (('train', 400), ('t10k', 100)):
+        labels = random.permutation(np.arange(count) % 10).astype(np.uint8)
+        pixels = random.integers(0, 256, (count, 28, 28), np.uint8)
+        for name, values in ((f'{split}-images-idx3-ubyte', pixels), (f'{split}-labels-idx1-ubyte', labels)):
+            content = datasets._to_idx(values)
+            (folder / datasets.RAW / name).write_bytes(content)
+            hashes[name] = hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(datasets, 'SHA256', hashes)
     return folder
 
 

@@ -225,6 +225,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_package_and_the_files_at_its_root(wheel):
     _, _, names = wheel
     assert {'_sd_resnet_autoload.py', 'sd_resnet.pth', 'sd_resnet.start', 'sd_resnet/py.typed'} <= set(names)
+    assert {'sd_resnet/weights/README.md', 'sd_resnet/recipes/fmnist.yaml', 'sd_resnet/model_card.md'} <= set(names)
     assert not [name for name in names if name.startswith(('tests', 'docs', '.ci'))]
 
 

@@ -10,7 +10,10 @@ from sd_resnet import cli
 
 from .conftest import make
 
-COMMANDS = ['quickstart', 'info', 'plot', 'bench', 'growth', 'export', 'push', 'verify']
+COMMANDS = [
+    *('quickstart', 'info', 'plot', 'bench', 'growth', 'export', 'push', 'verify'),
+    *('data', 'study', 'recipe', 'evaluate', 'release'),
+]
 
 
 @pytest.mark.parametrize('command', COMMANDS)

@@ -1,0 +1,137 @@
+"""`sd-resnet release`: from a training run to `weights/<architecture>.<tag>`, and the index of what is there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from . import datasets
+from .checkpoints import save_tensors
+from .evaluation import Accuracy, evaluate
+from .hub import write_repository
+from .records import read_run
+from .verification import CARD, RECORD, WEIGHTS, check_contents, file_hash
+
+HALF = (torch.float16, torch.bfloat16)
+INDEX = 'README.md'
+MEASURED = 'the accuracy was measured again in float32, by sd-resnet evaluate'
+PADDED = (  # where the recipe's crop shows it
+    'training images zero-padded by 4 pixels (sd-resnet data fashion-mnist --pad 4), of which the crop cuts 28 x 28: '
+    "the paper's augmentation"
+)
+
+
+def release(
+    run_folder: Path,
+    tag: str,
+    data: Path,
+    weights: Path,
+    *,
+    checkpoint: str = 'last.pth.tar',
+    half: bool = False,
+    user: str = 'USER',
+    hardware: str = 'CPU, one thread',
+    baseline: str | None = None,
+) -> tuple[Path, Accuracy]:
+    """Write a run's weights as a folder that is exactly a repository of the Hub, and a pretrained tag of timm.
+
+    The accuracy in the card is measured again, in float32 and on the weights as they are stored: what
+    `sd-resnet evaluate` gives for the tag.
+
+    Args:
+        run_folder: Of timm's `train.py`, trained on Fashion-MNIST.
+        tag: Of the weights, for example `fmnist`.
+        data: Fashion-MNIST, as `sd-resnet data fashion-mnist` writes it.
+        weights: The folder of all releases.
+        checkpoint: File name in the run folder; the last one, because the best would be chosen on the test set.
+        half: Store convolutions and classifier as float16; norm layers and survival probabilities stay float32.
+        user: Owner of the repository, for the card.
+        hardware: What it was trained on.
+        baseline: What the same recipe reaches otherwise, for the card.
+
+    Raises:
+        ValueError: The run was not trained on Fashion-MNIST, or `tag` is not a name.
+    """
+    if not tag.isidentifier():
+        raise ValueError(f'tag must be a name of letters, digits and underscores, got {tag!r}')
+    run = read_run(run_folder, checkpoint)
+    if run.args.get('dataset') != datasets.NAME:
+        raise ValueError(f'{run_folder} was trained on {run.args.get("dataset")!r}, not on {datasets.NAME}')
+    state_dict = run.checkpoint.state_dict
+    if half:
+        state_dict.update({k: v.half().float() for k, v in state_dict.items() if v.ndim > 1})
+    reached = evaluate(run.model(), data)
+    run.metrics = {'eval_loss': reached.loss, 'eval_top1': reached.top1, 'eval_top5': reached.top5}
+    run.label_names = list(datasets.LABELS)
+    notes = [PADDED, MEASURED] if run.args.get('scale') == [0.605, 0.605] else [MEASURED]
+    if run.args.get('resume'):
+        notes.append('the training was interrupted and went on from a checkpoint (--resume)')
+    run.args |= {'hardware': hardware, 'baseline': baseline, 'notes': '; '.join(notes)}
+
+    name = f'{run.args["model"].split(".")[0]}.{tag}'
+    part = weights / f'{name}.new'
+    try:
+        write_repository(run, part, f'{user}/{name}', license='apache-2.0', dataset=datasets.HUB_ID)
+        if half:
+            _store_half(part)
+        if (weights / name).exists():
+            shutil.rmtree(weights / name)
+        part.replace(weights / name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    write_index(weights)
+    return weights / name, reached
+
+
+def write_index(weights: Path) -> Path:
+    """`README.md`: a table of what the folders hold, read from their records and cards."""
+    lines = [
+        '# Released weights',
+        '',
+        'Written by `sd-resnet release`. Each folder is exactly a repository of the Hugging Face Hub. They come with',
+        'the package, so `timm.create_model(NAME, pretrained=True)` needs no network.',
+        '`sd-resnet evaluate NAME --data DIR` measures the test error again.',
+        '',
+        '| name | trained on | test error | parameters | FLOPs of one image | weights | sha256 |',
+        '| --- | --- | --- | --- | --- | --- | --- |',
+    ]
+    for folder in sorted(path.parent for path in weights.glob(f'*/{WEIGHTS}')):
+        record: dict[str, Any] = yaml.safe_load((folder / RECORD).read_text(encoding='utf-8'))
+        size = (folder / WEIGHTS).stat().st_size / 1e6
+        lines.append(
+            f'| [`{folder.name}`]({folder.name}/{CARD}) | {record["dataset"]} | {100 - stated_accuracy(folder):.2f} % '
+            f'| {record["parameters"]:,} | {record["flops"] / 1e6:,.1f} million, {record["image_size"]} px '
+            f'| {size:.1f} MB, {_dtype(folder)} | `{record["sha256"]}` |'
+        )
+    index = weights / INDEX
+    index.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    return index
+
+
+def stated_accuracy(folder: Path) -> float:
+    """The top-1 accuracy in percent that a folder's card states."""
+    results = ModelCard.load(folder / CARD).data.eval_results or []
+    return next(float(result.metric_value) for result in results if result.metric_type == 'accuracy')
+
+
+def _store_half(folder: Path) -> None:
+    """Rewrite the weights, and their hash where the card and the record state it."""
+    tensors = load_file(folder / WEIGHTS)
+    before = file_hash(folder / WEIGHTS)
+    save_tensors({k: v.half() if v.ndim > 1 else v for k, v in tensors.items()}, folder / WEIGHTS)
+    after = file_hash(folder / WEIGHTS)
+    for file in (CARD, RECORD):
+        text = (folder / file).read_text(encoding='utf-8')
+        (folder / file).write_text(text.replace(before, after), encoding='utf-8')
+    check_contents(folder, str(folder))
+
+
+def _dtype(folder: Path) -> str:
+    types = {tensor.dtype for tensor in load_file(folder / WEIGHTS).values()}
+    return 'float16' if types & set(HALF) else 'float32'
