@@ -127,7 +127,7 @@ class StochasticDepth(_Scriptable):
     @property
     def survival_prob(self) -> float:
         """p_l."""
-        return self.p_l
+        return _Number(self.p_l)
 
     @property
     def per_batch(self) -> bool:  # type: ignore[override]
@@ -174,6 +174,12 @@ class StochasticDepth(_Scriptable):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """Nothing to copy: the block reads the stored probability and rescales its weights instead."""
+
+
+class _Number(float):
+    """With a scalar tensor's shape: transformers compares it with the file's, then fills the buffer of that name."""
+
+    shape = torch.Size()
 
 
 def scriptable_copy(module: ModuleT) -> ModuleT:

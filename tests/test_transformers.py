@@ -35,7 +35,14 @@ print(type(theirs.timm_model).__name__)
 """
 
 
-@pytest.mark.parametrize(('name', 'options', 'kind'), [('sd_resnet18', ['--plain'], 'ResNet')])
+@pytest.mark.parametrize(
+    ('name', 'options', 'kind'),
+    [
+        ('sd_resnet18', [], 'StochasticResNet'),
+        ('sd_resnet20_cifar', [], 'StochasticCifarResNet'),
+        ('sd_resnet18', ['--plain'], 'ResNet'),
+    ],
+)
 def test_the_auto_class_computes_what_was_published(server, tmp_path, name, options, kind):
     run = write_run(tmp_path / 'run', name, drop_path_rate=0.4, drop_path_mode='subset')
     assert cli.main(['push', str(run), '--repo-id', REPO, *options]) == 0
