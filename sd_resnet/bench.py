@@ -281,15 +281,15 @@ def _record_shares(model: StochasticDepthNet, batch: int, cost: Any) -> list[flo
 def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
     """Distinct bytes, parameters and buffers excluded, that a forward pass keeps for backward."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Tensor] = {}
+    kept: dict[int, Any] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
-        return tensor
+    def pack(tensor: Tensor) -> None:
+        # Held, so that no address is used twice; the storage, because a node that holds its own output is never freed
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         forward()
-    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
 
 
 def table(settings: Settings, rows: Sequence[Row]) -> str:
