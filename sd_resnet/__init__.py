@@ -2,9 +2,18 @@
 
 from . import resnet_cifar, resnet_imagenet  # noqa: F401 - registers the models
 from .checkpoints import to_resnet
+from .convert import convert, unconvert
 from .schedules import expected_depth, survival_probs
 from .stochastic_depth import StochasticDepth
 
 __version__ = '0.1.0'
 
-__all__ = ['StochasticDepth', '__version__', 'expected_depth', 'survival_probs', 'to_resnet']
+__all__ = [
+    'StochasticDepth',
+    '__version__',
+    'convert',
+    'expected_depth',
+    'survival_probs',
+    'to_resnet',
+    'unconvert',
+]

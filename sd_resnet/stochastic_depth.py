@@ -157,7 +157,7 @@ class StochasticDepth(_Scriptable):
 
     def rows(self, batch: int) -> int:
         """Number k of rows that a branch runs on in subset mode: round(p_l * batch), ties to even, at least 1."""
-        return max(1, round(self.p_l * batch))
+        return rows_of(self.p_l, batch)
 
     def train_factor(self, share: float) -> float:
         """What the branch is multiplied by in training where the share `share` of the work survives."""
@@ -187,6 +187,11 @@ def scriptable_copy(module: ModuleT) -> ModuleT:
             child.__class__ = _Scriptable  # type: ignore[assignment]
     copied.__dict__['_copied_from'] = (module,)  # torch.jit tells modules apart by id: keep this one's from reuse
     return copied
+
+
+def rows_of(survival_prob: float, batch: int) -> int:
+    """Number k of rows that survive in subset mode: round(p_l * batch), ties to even, at least 1."""
+    return max(1, round(survival_prob * batch))
 
 
 def check_settings(survival_prob: float, mode: str, rescale: str) -> None:
