@@ -44,6 +44,7 @@ def convert(
     The blocks are found through their drop paths, which are taken over. Each drops as one unit, with both branches
     where it has two. As in timm, the branch is divided by p_l in training and evaluation is unscaled, so state dict and
     evaluation stay as they are, bit for bit. A network that is converted already is converted anew.
+    `torch.jit.script` puts plain blocks with timm's drop path in the place of the converted ones.
 
     Args:
         model: A network of timm, or one with timm's `DropPath` in its blocks.
@@ -89,11 +90,13 @@ def convert(
         )
         for place, (holder, slot) in enumerate(slots):
             setattr(holder, slot, nn.Identity() if place else drop_path)
-        module.__class__ = converted_class(type(module))
+        own_class: Any = type(module)
+        module.__class__ = converted_class(own_class)
         drop_paths.append(drop_path)
     if new_ramp is not None:
         new_ramp.govern(drop_paths)
         model.add_module(RAMP, new_ramp)
+    model.register_load_state_dict_pre_hook(_without_ramp)
     return Conversion({block.name: p_l for block, p_l in zip(found, probs)}, left_alone)
 
 
@@ -102,13 +105,21 @@ def unconvert(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, ConvertedBlock):
             module.restore()
-    if RAMP in model._modules:
-        del model._modules[RAMP]
+    model._modules.pop(RAMP, None)
+    hooks = model._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if getattr(hook, 'hook', None) is _without_ramp]:
+        del hooks[key]
 
 
 def converted_blocks(model: nn.Module) -> dict[str, ConvertedBlock]:
     """The converted blocks of a network by their names."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ConvertedBlock)}
+
+
+def _without_ramp(model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """A network without a ramp loads what one with a ramp has saved."""
+    if RAMP not in model._modules:
+        state_dict.pop(f'{prefix}{RAMP}.step', None)
 
 
 def _survival_probs(found: Sequence[Found], rate: float | None, schedule: Schedule) -> tuple[float, ...]:

@@ -6,7 +6,6 @@ branch, `block(x) - x`, is skipped for a whole mini-batch, or runs on a part of 
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -52,11 +51,10 @@ class Draws:
         self._generator: torch.Generator | None = None
         self._remembered: OrderedDict[int, tuple[float, Decision]] = OrderedDict()
 
+    @torch.compiler.disable
     def draw(self, block: ConvertedBlock, x: Tensor) -> tuple[float, Decision]:
         """p_l and the block's decision, None where nothing is dropped."""
         drop_path = block.stochastic_depth
-        if torch.compiler.is_compiling():  # compiled code keeps its own p_l for its backward pass
-            return drop_path.p_l, draw_per_sample([drop_path], x)[0]
         shared = drop_path.mode == 'batch' and _many_ranks()
         if shared and not self.sync:
             block.check_ranks()
@@ -165,6 +163,9 @@ class ConvertedBlock(nn.Module):
         return self._forward_drawn(x, args, kwargs, *self.draws.draw(self, x))
 
     def _forward_per_sample(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling():  # compiled code keeps its own p_l for its backward pass
+            drop_path = self.stochastic_depth
+            return self._forward_drawn(x, args, kwargs, drop_path.p_l, draw_per_sample([drop_path], x)[0])
         return self._forward_drawn(x, args, kwargs, *self.draws.draw(self, x))
 
     def _forward_plain(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:

@@ -5,7 +5,8 @@ Early and late drop path are those of Liu et al., "Dropout Reduces Underfitting"
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -39,10 +40,11 @@ class DropPathRamp(nn.Module):
         self.kind = kind
         self.steps = steps
         self.steps_done = 0
+        self.step: Any
         self.register_buffer('step', torch.zeros((), dtype=torch.int64, device=device))
         self._drop_paths: list[StochasticDepth] = []
         self._rates: list[float] = []
-        self._factor: float | None = None
+        self._factor = 1.0  # in force
 
     @property
     def factor(self) -> float:
@@ -56,20 +58,33 @@ class DropPathRamp(nn.Module):
         self.__dict__['_drop_paths'] = list(drop_paths)  # no children: they belong to their blocks
         self._rates = [drop_path.drop_prob for drop_path in drop_paths]
         self._factor = 1.0
-        self._apply_factor()
+        self._set(self.factor)
 
     @torch.compiler.disable
     def advance(self) -> None:
         """Set the rates for the training step that begins, and count it."""
-        self._apply_factor()
+        self._set(self.factor)
         self.steps_done += 1
         self.step.fill_(self.steps_done)
 
-    def _apply_factor(self) -> None:
-        if self._factor != self.factor:
-            self._factor = self.factor
+    def contexts(self) -> tuple[Any, Any]:
+        """`context_fn` of an activation checkpoint: its second forward pass has the rates of the first."""
+        return nullcontext(), self._at(self._factor)
+
+    @contextmanager
+    def _at(self, factor: float) -> Iterator[None]:
+        now = self._factor
+        self._set(factor)
+        try:
+            yield
+        finally:
+            self._set(now)
+
+    def _set(self, factor: float) -> None:
+        if self._factor != factor:
+            self._factor = factor
             for drop_path, rate in zip(self._drop_paths, self._rates):
-                drop_path.configure(1 - rate * self._factor, drop_path.mode, drop_path.rescale)
+                drop_path.configure(1 - rate * factor, drop_path.mode, drop_path.rescale)
 
     def extra_repr(self) -> str:
         return f'kind={self.kind!r}, steps={self.steps}'
@@ -82,7 +97,7 @@ class DropPathRamp(nn.Module):
         elif not stored.is_meta:
             self.steps_done = int(stored)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._apply_factor()
+        self._set(self.factor)
 
 
 def as_ramp(value: Any, device: Any = None) -> DropPathRamp | None:
@@ -95,7 +110,8 @@ def as_ramp(value: Any, device: Any = None) -> DropPathRamp | None:
         return None
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(_message(value))
-    return DropPathRamp(*value, device=device)
+    kind, steps = value
+    return DropPathRamp(kind, steps, device)
 
 
 def _message(value: Any) -> str:

@@ -52,6 +52,7 @@ class StochasticCifarResNet(StochasticDepthNet):
         drop_path_mode: `'batch'`, `'row'` or `'subset'`; see `sd_resnet.StochasticDepth`.
         drop_path_rescale: `'test'`, the paper's, or `'train'`, timm's.
         drop_path_sync: In batch mode all ranks of a distributed training drop the same blocks.
+        drop_path_ramp: (kind, steps), a rate that changes during training; see `DropPathRamp`.
         zero_init_last: Start with branches that return zero, as timm's ResNet does.
         device: Device of the parameters.
         dtype: Type of the parameters.
@@ -75,6 +76,7 @@ class StochasticCifarResNet(StochasticDepthNet):
         drop_path_mode: str = 'batch',
         drop_path_rescale: str = 'test',
         drop_path_sync: bool = True,
+        drop_path_ramp: tuple[str, int] | None = None,
         zero_init_last: bool = True,
         device: Any = None,
         dtype: Any = None,
@@ -118,7 +120,9 @@ class StochasticCifarResNet(StochasticDepthNet):
         if zero_init_last:
             for block in self.blocks():
                 block.zero_init_last()
-        self.init_drop_path(drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_rescale, drop_path_sync)
+        self.init_drop_path(
+            drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_rescale, drop_path_sync, drop_path_ramp
+        )
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:

@@ -41,7 +41,7 @@ CONVERTED = {
 }
 
 REFUSED = {
-    'coat_tiny': 'something else than one tensor',
+    'coat_tiny': 'does not reach its output by a shortcut',
     'efficientvim_m1': 'something else than one tensor',
     'gcvit_xxtiny': 'a further argument for each image',
     'mvitv2_tiny': 'something else than one tensor',
