@@ -124,7 +124,8 @@ def find_slots(model: nn.Module) -> Iterator[Slot]:
         for name, child in held.items():
             empty = child is None or isinstance(child, nn.Identity)
             if isinstance(child, DropPath) or (empty and re.search(r'(^|_)drop_path\d*$', name)):
-                yield Slot(holder, name, float(getattr(child, 'drop_prob', None) or 0))
+                rate = getattr(child, 'drop_prob', None) or 0
+                yield Slot(holder, name, round(float(rate), 6))  # timm computes them in float32
 
 
 def _outwards(name: str) -> Iterator[str]:

@@ -286,7 +286,21 @@ RANK_FLAGS = {
     'checkpointing': '--grad-checkpointing',
     'compiled': '--torchcompile eager',
 }
+CONVERTED = {
+    'sd_vit_tiny_patch16_224': 'img_size=32 embed_dim=32 depth=3 num_heads=2',
+    'sd_convnext_atto': 'depths=(1,1,2,1) dims=(8,8,16,16)',
+}
 RANK_RUNS = {
+    **{
+        f'{model} {mode}{flag}': (
+            model,
+            f'--drop-path 0.5 --model-kwargs drop_path_mode={mode} drop_path_schedule=uniform {size} {flag}',
+            False,
+        )
+        for model, size in CONVERTED.items()
+        for mode in ('batch', 'subset')
+        for flag in ('', ' --grad-checkpointing')
+    },
     **{
         f'{model} {mode} {name}': (model, f'{flags} --model-kwargs drop_path_mode={mode}', False)
         for model in ('sd_resnet18', MODEL)
