@@ -6,6 +6,7 @@ from .convert import convert, unconvert
 from .converted_models import register
 from .schedules import expected_depth, survival_probs
 from .stochastic_depth import StochasticDepth
+from .subnetworks import subnetwork
 
 __version__ = '0.1.0'
 
@@ -15,6 +16,7 @@ __all__ = [
     'convert',
     'expected_depth',
     'register',
+    'subnetwork',
     'survival_probs',
     'to_resnet',
     'unconvert',

@@ -4,6 +4,7 @@ Huang et al., section 4; the nets are those of He et al. (https://arxiv.org/abs/
 """
 
 # No postponed annotations here: torch.fx copies forward's into the code that it writes.
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class StochasticCifarResNet(StochasticDepthNet):
     """A ResNet of the paper's CIFAR kind, with timm's model interface.
 
     Args:
-        blocks_per_stage: n; the network has L = 3n blocks and 6n + 2 layers.
+        blocks_per_stage: n; the network has L = 3n blocks and 6n + 2 layers. Or one number for each stage.
         num_classes: Size of the classifier, 0 for none.
         in_chans: Number of channels of the images.
         global_pool: timm's pooling type.
@@ -65,7 +66,7 @@ class StochasticCifarResNet(StochasticDepthNet):
 
     def __init__(
         self,
-        blocks_per_stage: int,
+        blocks_per_stage: int | Sequence[int],
         num_classes: int = 10,
         in_chans: int = 3,
         global_pool: str = 'avg',
@@ -95,11 +96,12 @@ class StochasticCifarResNet(StochasticDepthNet):
         self.feature_info = [dict(num_chs=channels[0], reduction=1, module='act1')]
 
         inplanes, reduction = channels[0], 1
-        for name, planes in zip(self.stage_names, channels):
+        sizes = (blocks_per_stage,) * 3 if isinstance(blocks_per_stage, int) else tuple(blocks_per_stage)
+        for name, planes, size in zip(self.stage_names, channels, sizes):
             stride = 1 if name == 'layer1' else 2
             reduction *= stride
             blocks = []
-            for index in range(blocks_per_stage):
+            for index in range(size):
                 first = index == 0 and stride > 1
                 shortcut = PadShortcut(planes - inplanes, stride) if first else None
                 blocks.append(StochasticBasicBlock(inplanes, planes, stride if first else 1, shortcut, **dd))

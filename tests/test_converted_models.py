@@ -124,7 +124,7 @@ def test_register_adds_any_other():
     assert 'sd_test_vit2' in timm.list_models(module='converted_models')
     assert [f'sd_{name}' for name in timm.list_pretrained('test_vit2.*')] == timm.list_pretrained('sd_test_vit2.*')
     sd_resnet.register('vgg11')
-    with pytest.raises((ValueError, TypeError), match='drop_path_rate|no drop path'):
+    with pytest.raises((ValueError, TypeError), match='drop_path_rate'):
         timm.create_model('sd_vgg11', drop_path_rate=0.3)
 
 
