@@ -391,7 +391,7 @@ def environment() -> str:
     )
 
 
-def save_record(settings: Settings, rows: Sequence[Row | Growth], path: Path) -> None:
-    """Every step's time as JSON."""
+def save_record(settings: Settings, rows: Sequence[Any], path: Path) -> None:
+    """Every step's time as JSON; `rows` are dataclasses."""
     record = {'environment': environment(), 'settings': asdict(settings), 'rows': [asdict(row) for row in rows]}
     path.write_text(json.dumps(record, indent=1) + '\n')
