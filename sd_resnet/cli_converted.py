@@ -68,13 +68,13 @@ def _prune(args: argparse.Namespace) -> None:
 
     if args.out and args.out.exists():
         raise FileExistsError(f'{args.out} exists; remove it, or choose another folder')
-    records = []
-    for index, source in enumerate(args.models):
+    pruned = []
+    for source in args.models:
         name = Path(source).name if Path(source).is_dir() else source
-        record, network = pruning.prune(pruning.load(source), name, args.data, args.share, args.images)
-        records.append(record)
-        if args.out and index == 0:
-            line = pruning.save(network, args.out)
+        pruned.append(pruning.prune(pruning.load(source), name, args.data, args.share, args.images))
+    records = [record for record, _ in pruned]
+    networks = [network for _, own in pruned for network in own]
+    pruning.measure_latency([point for record in records for point in record.points], networks)
     print(pruning.table(records))
     if args.json:
         pruning.save_record(records, args.json)
@@ -83,4 +83,4 @@ def _prune(args: argparse.Namespace) -> None:
 
         plot_pruning(records, args.plot)
     if args.out:
-        print(f'\nwrote {args.out}; load it with {line}')
+        print(f'\nwrote {args.out}; load it with {pruning.save(pruned[0][1][-1], args.out)}')

@@ -157,7 +157,7 @@ class ConvertedBlock(nn.Module):
             return own_code(self, '_forward_scaled')(self, x, args, kwargs, 1 / p_l)
         return skip(x, self.parameters())
 
-    @outside_compiler
+    @torch.compiler.disable
     def _forward_first(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """A network's step begins here, where no compiled code could count it."""
         return self._forward_drawn(x, args, kwargs, *self.draws.draw(self, x))
@@ -165,7 +165,7 @@ class ConvertedBlock(nn.Module):
     def _forward_per_sample(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():  # compiled code keeps its own p_l for its backward pass
             drop_path = self.stochastic_depth
-            return self._forward_drawn(x, args, kwargs, drop_path.p_l, draw_per_sample([drop_path], x)[0])
+            return self._forward_drawn(x, args, kwargs, None, draw_per_sample([drop_path], x)[0])
         return self._forward_drawn(x, args, kwargs, *self.draws.draw(self, x))
 
     def _forward_plain(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
@@ -175,15 +175,17 @@ class ConvertedBlock(nn.Module):
         out = _scaled(x, self.plain_class.forward(self, x, *args, **kwargs), factor)
         return out.relu_() if self.ends_in_relu else out
 
-    def _forward_drawn(self, x: Tensor, args: Any, kwargs: Any, p_l: float, decision: Decision) -> Tensor:
+    def _forward_drawn(self, x: Tensor, args: Any, kwargs: Any, p_l: float | None, decision: Decision) -> Tensor:
         if decision is None:
             return self._forward_plain(x, args, kwargs)
-        if self.stochastic_depth.mode == 'row':
+        drop_path = self.stochastic_depth
+        if drop_path.mode == 'row':
             assert isinstance(decision, Tensor)
-            return self._forward_scaled(x, args, kwargs, decision.view(-1, *[1] * (x.dim() - 1)) / p_l)
+            mask = decision.view(-1, *[1] * (x.dim() - 1))
+            return self._forward_scaled(x, args, kwargs, mask / (drop_path.p_l if p_l is None else p_l))
         self.check_split()
         batch = x.shape[0]
-        rows = rows_of(p_l, batch)
+        rows = drop_path.rows(batch) if p_l is None else rows_of(p_l, batch)
         if rows == batch or (rows == 1 and any(isinstance(module, _BatchNorm) for module in self.modules())):
             return self._forward_plain(x, args, kwargs)
         x, x_rows = take_rows(x, decision, rows)

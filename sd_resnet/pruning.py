@@ -88,7 +88,7 @@ def load(source: str) -> Any:
 
 def prune(
     model: nn.Module, name: str, data: Path, share: float = 0.5, images: int = 1000, progress: bool = True
-) -> tuple[Pruning, Any]:
+) -> tuple[Pruning, list[Any]]:
     """Remove one block after another, each time the one whose absence costs least on held-out training images.
 
     The least is the lowest error, of equals the lowest cross entropy. BatchNorm's statistics are estimated anew, on
@@ -103,7 +103,7 @@ def prune(
         progress: Show a bar.
 
     Returns:
-        The record, and the last network.
+        The record, without latencies, and the networks that it is about.
 
     Raises:
         FileNotFoundError: There is no data set in `data`.
@@ -140,11 +140,10 @@ def prune(
             kept = set(point.kept)
             record.points.append(point)
             networks.append(network)
-    measure_latency(record.points, networks, size)
     test = list(_loader(model, _split(data, 'test'), range(TEST_IMAGES)))
     for place in (0, -1):
         record.points[place].test_error = error_and_loss(networks[place], test)[0]
-    return record, network
+    return record, networks
 
 
 @torch.no_grad()
@@ -185,13 +184,13 @@ def forward_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
     return counter.get_total_flops()
 
 
-def measure_latency(points: Sequence[Point], networks: Sequence[nn.Module], input_size: tuple[int, ...]) -> None:
-    """The networks take turns, so that a noisy machine hits them alike."""
-    x = torch.randn(1, *input_size)
+def measure_latency(points: Sequence[Point], networks: Sequence[nn.Module]) -> None:
+    """All networks take turns, so that a noisy machine hits them alike."""
+    inputs = [torch.randn(1, *_input_size(network)) for network in networks]
     seconds: list[list[float]] = [[] for _ in points]
     with torch.no_grad():
         for turn in range(LATENCY_RUNS + 3):
-            for times, network in zip(seconds, networks):
+            for times, network, x in zip(seconds, networks, inputs):
                 start = time.perf_counter()
                 network(x)
                 if turn >= 3:

@@ -45,6 +45,7 @@ class Run:
             ValueError: The checkpoint does not belong to the run's arguments.
         """
         args = dict(self.args.get('model_kwargs') or {})
+        args.pop('drop_path_ramp', None)  # training is over
         args.update({name: self.args[key] for key, name in _MODEL_ARGS.items() if self.args.get(key) is not None})
         state_dict = {k: v for k, v in self.checkpoint.state_dict.items() if '.aux_bn.' not in k}  # of split-bn
         model = build(self.args['model'], state_dict, args)

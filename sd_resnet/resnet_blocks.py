@@ -169,8 +169,8 @@ class ResidualBlock(nn.Module):
         return put_rows(x, y_rows, start, relu=True)  # the other rows: relu(x), and x comes out of a ReLU
 
     def _branch_of_rows(self, x_rows: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or x_rows.grad_fn is None:
-            return self.branch(x_rows)
+        if torch.compiler.is_compiling() or not hasattr(x_rows.grad_fn, 'start'):
+            return self.branch(x_rows)  # without `start`: taken by an index, which compiled code drew
         with gathered_again(x_rows):
             x = self.conv1(x_rows)
         return self.after_conv1(x)

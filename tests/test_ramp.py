@@ -8,8 +8,9 @@ import torch
 
 import sd_resnet
 from sd_resnet.convert import converted_blocks
+from sd_resnet.hub import prepare
 
-from .conftest import images, make
+from .conftest import images, make, write_run
 
 RESNET, VIT = 'sd_resnet20_cifar', 'test_vit'
 MODES = ('batch', 'row', 'subset')
@@ -141,3 +142,29 @@ def test_set_drop_path_changes_what_the_ramp_leads_to():
 def test_a_folded_network_has_none():
     model = make('sd_resnet18', drop_path_rescale='train', drop_path_ramp=('late', 5))
     assert set(sd_resnet.to_resnet(model).state_dict()) == set(make('resnet18').state_dict())
+
+
+def test_a_published_network_has_none(tmp_path):
+    """Its training is over, and a key that the Hub's configuration does not explain would be refused as damage."""
+    run = write_run(tmp_path / 'run', RESNET, drop_path_rescale='train', drop_path_ramp=['warmup', 4])
+    out = prepare(run, tmp_path / 'out', 'me/mine', license='mit')
+    model = timm.create_model(f'local-dir:{out}', pretrained=True)
+    assert model.drop_path_ramp is None
+    assert model.drop_path_rescale == 'train'
+
+
+@pytest.mark.parametrize('mode', ['batch', 'subset'])
+@pytest.mark.parametrize('name', [RESNET, VIT])
+def test_it_compiles(name, mode):
+    """A rate that changes is a float that changes, which a compiler makes a symbol; the rates stay eager code's."""
+    torch._dynamo.reset()
+    model, drop_paths, x = build(name, ('late', 2), mode)
+    graphs = []
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    seen = []
+    for _ in range(4):
+        compiled(x).square().mean().backward()
+        seen.append(drop_paths[0].drop_prob)
+    assert seen == pytest.approx([0, 0, 0.6, 0.6])
+    assert model.drop_path_ramp.steps_done == 4
+    assert graphs

@@ -26,6 +26,10 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 MODEL = 'sd_resnet20_cifar'
+CONVERTED = {
+    'sd_vit_tiny_patch16_224': 'img_size=32 embed_dim=32 depth=3 num_heads=2',
+    'sd_convnext_atto': 'depths=(1,1,2,1) dims=(8,8,16,16)',
+}
 COMMON = [
     '--num-classes',
     '10',
@@ -185,6 +189,20 @@ def test_resuming_a_killed_run(digits, tmp_path):
     assert _trained(tmp_path / 'again', 1)['epoch'] == reached + 1
 
 
+@pytest.mark.parametrize('model', [MODEL, 'sd_vit_tiny_patch16_224'])
+def test_a_warm_up_goes_on_where_it_was(digits, tmp_path, model):
+    """timm's script saves and loads tensors only."""
+    ramp = ['--drop-path', '0.5', '--model-kwargs', "drop_path_ramp=('warmup',1000)"]
+    ramp += ['drop_path_rescale=train'] if model == MODEL else CONVERTED[model].split()
+    flags = ['--data-dir', digits, '--model', model, '--output', tmp_path, *COMMON, '--no-prefetcher', *ramp]
+    _run('train.py', *flags, '--epochs', 1, '--experiment', 'first')
+    steps = _trained(tmp_path / 'first', 1)['state_dict']['drop_path_ramp.step']
+    assert steps > 1
+    last = tmp_path / 'first' / 'last.pth.tar'
+    _run('train.py', *flags, '--epochs', 2, '--experiment', 'second', '--resume', last)
+    assert _trained(tmp_path / 'second', 1)['state_dict']['drop_path_ramp.step'] == 2 * steps
+
+
 @pytest.fixture(scope='session')
 def trained(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp('trained')
@@ -285,10 +303,6 @@ RANK_FLAGS = {
     'bfloat16': '--amp --amp-dtype bfloat16',
     'checkpointing': '--grad-checkpointing',
     'compiled': '--torchcompile eager',
-}
-CONVERTED = {
-    'sd_vit_tiny_patch16_224': 'img_size=32 embed_dim=32 depth=3 num_heads=2',
-    'sd_convnext_atto': 'depths=(1,1,2,1) dims=(8,8,16,16)',
 }
 RANK_RUNS = {
     **{
