@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import sd_resnet
+from sd_resnet import converted_block
 from sd_resnet.convert import converted_blocks
 
 from .families import CONVERTED, REFUSED
@@ -269,6 +270,38 @@ def test_checkpointing_replays_the_draws_however_many_forward_passes_precede(nam
 
     for a, b in zip(gradients(True), gradients(False)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_ranks_that_share_decisions_replay_them_too(monkeypatch):
+    """The generator that ranks share is private, and checkpointing does not restore it."""
+    seeds = []
+    monkeypatch.setattr(converted_block, '_many_ranks', lambda: True)
+    monkeypatch.setattr(converted_block.dist, 'broadcast_object_list', lambda seed, src: seeds.append((seed[0], src)))
+
+    def gradients(checkpointing):
+        model, x = build(VIT)
+        convert(model, x, mode='batch')
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(3)
+        model.train()
+        (model(x).square().mean() + model(x.flip(0)).square().mean()).backward()
+        return [p.grad for p in model.parameters()]
+
+    for a, b in zip(gradients(True), gradients(False)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert len(seeds) == 2  # once per model
+    assert seeds[0] == seeds[1]
+    assert seeds[0][1] == 0
+
+
+def test_ranks_that_decide_for_themselves_are_refused_with_synchronised_norms(monkeypatch):
+    """They would wait for each other for ever."""
+    monkeypatch.setattr(converted_block, '_many_ranks', lambda: True)
+    model, x = build('resnetv2_18', norm_layer='batchnorm2d')
+    convert(model, x, mode='batch', sync=False)
+    block = next(iter(converted_blocks(nn.SyncBatchNorm.convert_sync_batchnorm(model)).values()))
+    with pytest.raises(RuntimeError, match='drop_path_sync=True'):
+        block.train()(torch.randn(2, 64, 8, 8))
 
 
 @pytest.mark.parametrize('copied', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), 'saved', 'ema'])
