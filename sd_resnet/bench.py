@@ -21,8 +21,12 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
 from tqdm import tqdm
 
-from .costs import NetworkCost, network_cost
+from .convert import converted_blocks
+from .converted_block import ConvertedBlock
+from .costs import NetworkCost, drop_paths, network_cost
+from .residual_search import find_slots
 from .resnet_base import StochasticDepthNet
+from .schedules import Schedule
 from .stochastic_depth import MODES
 
 CONSTANT = 'constant depth'
@@ -38,7 +42,7 @@ class Settings:
     """What is measured; also the record's first part.
 
     Attributes:
-        model: Architecture of this package.
+        model: Architecture of this package, or timm's under a `sd_` name.
         batch: Images of a step.
         size: Their height and width in pixels; None is the architecture's own.
         rate: 1 - p_L.
@@ -52,6 +56,7 @@ class Settings:
         peers: `'timm'` and `'torchvision'`, whose drop paths to measure where timm has the net.
         saved_steps: Steps over which the bytes kept for backward are counted.
         seed: Of weights, images and decisions.
+        schedule: Of survival probabilities; None is the model's own. `'uniform'` is for other drop paths too.
     """
 
     model: str = 'sd_resnet50'
@@ -68,6 +73,7 @@ class Settings:
     peers: tuple[str, ...] = PEERS
     saved_steps: int = 200
     seed: int = 0
+    schedule: Schedule | None = None
 
 
 @dataclass
@@ -120,7 +126,7 @@ def run(settings: Settings, progress: bool = True) -> list[Row]:
     """
     if settings.precision not in ('float32', 'bfloat16', 'float16'):
         raise ValueError(f"precision must be 'float32', 'bfloat16' or 'float16', got {settings.precision!r}")
-    cost = network_cost(settings.model, settings.size, settings.rate)
+    cost = network_cost(settings.model, settings.size, settings.rate, settings.schedule)
     return _measure(settings, _contestants(settings), cost.image_size, lambda name: cost, progress)
 
 
@@ -168,9 +174,10 @@ def _measure(
     for name, model in contestants.items():
         model.to(settings.device, memory_format=layout).train()
         rows[name] = Row(name)
-        if isinstance(model, StochasticDepthNet) and name != CONSTANT:
+        own = list(drop_paths(model).values())
+        if own and name != CONSTANT:
             cost = cost_of(name)
-            rows[name].bound = cost.expected_share if model.drop_path_mode != 'row' else 1.0
+            rows[name].bound = cost.expected_share if own[0].mode != 'row' else 1.0
             shares[name] = _record_shares(model, settings.batch, cost)
         forwards[name] = _forward(model, images, labels, settings)
         steps[name] = _step(model, forwards[name])
@@ -198,22 +205,29 @@ def _contestants(settings: Settings) -> dict[str, Any]:
         torch.manual_seed(settings.seed)
         return timm.create_model(name, num_classes=10, **kwargs)
 
+    def peer() -> Any:
+        model = create(plain, drop_path_rate=settings.rate)
+        if settings.schedule == 'uniform':
+            for slot in list(find_slots(model)):
+                setattr(model.get_submodule(slot.holder), slot.name, DropPath(settings.rate))
+        return model
+
     contestants = {}
     plain = settings.model.removeprefix('sd_')
     if timm.is_model(plain):
         contestants[CONSTANT] = create(plain)
         if 'timm' in settings.peers:
-            contestants[TIMM] = create(plain, drop_path_rate=settings.rate)
+            contestants[TIMM] = peer()
         if 'torchvision' in settings.peers:
-            contestants[TORCHVISION] = create(plain, drop_path_rate=settings.rate)
-            for module in contestants[TORCHVISION].modules():
-                if isinstance(getattr(module, 'drop_path', None), DropPath):
-                    module.drop_path = TorchvisionStochasticDepth(module.drop_path.drop_prob, 'row')
+            contestants[TORCHVISION] = peer()
+            for slot in [slot for slot in find_slots(contestants[TORCHVISION]) if slot.rate]:
+                holder = contestants[TORCHVISION].get_submodule(slot.holder)
+                setattr(holder, slot.name, TorchvisionStochasticDepth(slot.rate, 'row'))
     else:  # timm has no such net
         contestants[CONSTANT] = create(settings.model, drop_path_rate=0)
     for mode in settings.modes:
         contestants[f'{settings.model}, {mode}'] = create(
-            settings.model, drop_path_rate=settings.rate, drop_path_mode=mode
+            settings.model, drop_path_rate=settings.rate, drop_path_schedule=settings.schedule, drop_path_mode=mode
         )
     for name in settings.others:
         contestants[name] = create(name)
@@ -254,27 +268,42 @@ def _timed(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def _record_shares(model: StochasticDepthNet, batch: int, cost: Any) -> list[float]:
+def _record_shares(model: nn.Module, batch: int, cost: Any) -> list[float]:
     """A list that grows by the share of FLOPs that each step runs; in subset mode, where all run the same, of one."""
-    blocks = list(model.blocks())
+    own = list(drop_paths(model).values())
 
     def share(ran: Sequence[float]) -> float:
         return 1 - sum((1 - r) * block.branch_flops for r, block in zip(ran, cost.blocks)) / cost.flops
 
-    if model.drop_path_mode == 'row':
+    if own[0].mode == 'row':
         return [1.0]
-    if model.drop_path_mode == 'subset':
-        return [share([block.drop_path.rows(batch) / batch for block in blocks])]
+    if own[0].mode == 'subset':
+        return [share([drop_path.rows(batch) / batch for drop_path in own])]
 
     shares: list[float] = []
-    draw = model.draw
+    if isinstance(model, StochasticDepthNet):
+        draw = model.draw
 
-    def drawn(x: Tensor) -> Any:
-        decisions = draw(x)
-        shares.append(share([1.0] * len(blocks) if decisions is None else [float(bool(d)) for d in decisions]))
-        return decisions
+        def drawn(x: Tensor) -> Any:
+            decisions = draw(x)
+            shares.append(share([1.0] * len(own) if decisions is None else [float(bool(d)) for d in decisions]))
+            return decisions
 
-    model.draw = drawn  # type: ignore[method-assign]
+        model.draw = drawn  # type: ignore[method-assign]
+        return shares
+
+    ran = dict.fromkeys(own, 1.0)
+    draws = next(iter(converted_blocks(model).values())).draws
+    draw_one = draws.draw
+
+    @torch.compiler.disable
+    def drawn_one(block: ConvertedBlock, x: Tensor) -> Any:
+        p_l, decision = draw_one(block, x)
+        ran[block.stochastic_depth] = 1.0 if decision is None else float(bool(decision))
+        return p_l, decision
+
+    draws.draw = drawn_one
+    model.register_forward_hook(torch.compiler.disable(lambda *args: shares.append(share(list(ran.values())))))
     return shares
 
 
@@ -297,7 +326,8 @@ def table(settings: Settings, rows: Sequence[Row]) -> str:
     names = {row.name: row for row in rows}
     constant, drop_path = names[CONSTANT], names.get(TIMM)
     lines = [
-        f'{settings.model}, batch {settings.batch}, {settings.size or "default"} px, drop path {settings.rate}, '
+        f'{settings.model}, batch {settings.batch}, {settings.size or "default"} px, drop path {settings.rate}'
+        f'{f" {settings.schedule}" if settings.schedule else ""}, '
         f'{settings.precision}{", channels_last" if settings.channels_last else ""}'
         f'{", compiled" if settings.compile else ""}, {settings.steps} steps',
         f'{environment()}',
@@ -361,7 +391,7 @@ def environment() -> str:
     )
 
 
-def save_record(settings: Settings, rows: Sequence[Row | Growth], path: Path) -> None:
-    """Every step's time as JSON."""
+def save_record(settings: Settings, rows: Sequence[Any], path: Path) -> None:
+    """Every step's time as JSON; `rows` are dataclasses."""
     record = {'environment': environment(), 'settings': asdict(settings), 'rows': [asdict(row) for row in rows]}
     path.write_text(json.dumps(record, indent=1) + '\n')

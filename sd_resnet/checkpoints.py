@@ -113,6 +113,8 @@ def to_resnet(model: nn.Module) -> nn.Module:
             'torch.compile (`._orig_mod`) and features_only (`.model`) first'
         )
     plain: Any = copy.deepcopy(model)
+    plain._modules.pop('drop_path_ramp', None)
+    plain.drop_path_ramp = None
     plain.set_drop_path(rate=0)
     if not isinstance(model, StochasticResNet):
         warnings.warn(NO_PLAIN_CIFAR, stacklevel=2)

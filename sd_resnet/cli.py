@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, cli_zoo
+from . import __version__, cli_converted, cli_zoo
 from .cli_arguments import UsageError, positive
 
 GROWTH = ('sd_resnet50', 'sd_resnet101', 'sd_resnet152')
@@ -93,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--batch', type=positive, default=16, metavar='N', help='images of a step (%(default)s)')
     sub.add_argument('--size', type=positive, metavar='PX', help="height and width (the model's)")
     sub.add_argument('--drop-path', type=float, default=0.5, metavar='RATE', help='1 - p_L (%(default)s)')
+    sub.add_argument(
+        '--schedule', type=_schedule, metavar='NAME', help="of this package's modes, uniform of all drop paths (own)"
+    )
     sub.add_argument('--steps', type=positive, default=60, metavar='N', help='of each contestant (%(default)s)')
     sub.add_argument(
         '--saved-steps', type=positive, default=200, metavar='N', help='to count bytes kept for backward (%(default)s)'
@@ -127,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--plot', type=Path, metavar='FILE', help='draw the ratios against the share of FLOPs')
 
     cli_zoo.add_commands(command)
+    cli_converted.add_commands(command)
 
     sub = command(
         'export',
@@ -220,6 +224,7 @@ def _bench(args: argparse.Namespace) -> None:
         modes=tuple(args.modes),
         peers=tuple(args.peers),
         saved_steps=args.saved_steps,
+        schedule=args.schedule,
     )
     rows = bench.run(settings)
     print(bench.table(settings, rows))

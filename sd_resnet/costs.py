@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoints import architectures
+from .convert import converted_blocks
+from .residual_search import copy_without_data
 from .resnet_base import StochasticDepthNet
 from .schedules import Schedule
+from .stochastic_depth import StochasticDepth
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def network_cost(
     """Count a network's parameters and FLOPs, without computing anything.
 
     Args:
-        architecture: A model of this package.
+        architecture: A model of this package, or timm's under a `sd_` name.
         image_size: Height and width in pixels; None is the architecture's own.
         drop_path_rate: 1 - p_L; None is the model's default.
         schedule: See `survival_probs`; None is the model's default.
@@ -83,7 +86,7 @@ def network_cost(
     Raises:
         ValueError: An argument is outside what is allowed.
     """
-    names = architectures()
+    names = [*architectures(), *timm.list_models(module='converted_models')]
     if architecture.split('.')[0] not in names:
         raise ValueError(f'model must be one of {", ".join(names)}, got {architecture!r}')
     with torch.device('meta'):
@@ -104,22 +107,28 @@ def model_cost(model: Any, image_size: int) -> NetworkCost:
     if image_size < 1:
         raise ValueError(f'image size must be at least 1 pixel, got {image_size}')
     shape = (1, model.pretrained_cfg['input_size'][0], image_size, image_size)
-    model = copy.deepcopy(model).to('meta').eval()
+    model = copy_without_data(model).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(shape, device='meta'))
     return _collect(model.pretrained_cfg['architecture'], image_size, model, counter)
 
 
-def _collect(architecture: str, size: int, model: StochasticDepthNet, counter: FlopCounterMode) -> NetworkCost:
+def drop_paths(model: nn.Module) -> dict[str, StochasticDepth]:
+    """The blocks' `StochasticDepth` modules by the names of the blocks, in order."""
+    if isinstance(model, StochasticDepthNet):
+        names = {module: name for name, module in model.named_modules()}
+        return {names[block]: block.drop_path for block in model.blocks()}
+    return {name: block.stochastic_depth for name, block in converted_blocks(model).items()}
+
+
+def _collect(architecture: str, size: int, model: nn.Module, counter: FlopCounterMode) -> NetworkCost:
     root = type(model).__name__
     flops = {name.removeprefix(f'{root}.'): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     blocks = []
-    for stage in model.stage_names:
-        for index, block in enumerate(getattr(model, stage)):
-            name = f'{stage}.{index}'
-            shortcut = flops.get(f'{name}.downsample', 0)
-            parameters = sum(p.numel() for p in block.parameters())
-            blocks.append(BlockCost(name, block.drop_path.survival_prob, parameters, flops[name] - shortcut, shortcut))
+    for name, drop_path in drop_paths(model).items():
+        shortcut = flops.get(f'{name}.downsample', 0)
+        parameters = sum(p.numel() for p in model.get_submodule(name).parameters())
+        blocks.append(BlockCost(name, drop_path.survival_prob, parameters, flops[name] - shortcut, shortcut))
     return NetworkCost(
         architecture,
         size,

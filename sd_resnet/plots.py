@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bench import Growth, Row, Settings
     from .costs import NetworkCost
+    from .pruning import Pruning
     from .quickstart import Result
 
 # The same colour for the same thing in every picture (Okabe and Ito's palette, safe for colour-blind readers).
@@ -131,6 +132,29 @@ def plot_growth(settings: Settings, growths: Sequence[Growth], path: Path) -> No
     axis.set_ylabel("step time, as a share of constant depth's")
     axis.legend(fontsize=8, frameon=False)
     axis.set_title(f'Batch mode, batch {settings.batch}, {settings.precision}', fontsize=11)
+    save_figure(figure, path)
+
+
+def plot_pruning(records: Sequence[Pruning], path: Path) -> None:
+    """Draw the error of pruned networks against FLOPs and latency."""
+    figure, ((flops, latency),) = new_figure(2, height=4)
+    for record, color in zip(records, itertools.cycle((KEPT, PROBABILITY, OTHER))):
+        points = record.points
+        tested = [p for p in points if p.test_error is not None]
+        for axis, xs, ends in (
+            (flops, [p.flops / 1e6 for p in points], [p.flops / 1e6 for p in tested]),
+            (latency, [p.latency for p in points], [p.latency for p in tested]),
+        ):
+            errors = [p.held_out_error for p in points]
+            axis.plot(xs, errors, '.-', color=color, label=f'{record.model}, held-out training images')
+            axis.plot(ends, [p.test_error for p in tested], 'D', color=color, markersize=5, label='test images')
+    flops.set_xlabel('FLOPs of one image (millions)')
+    latency.set_xlabel('latency of one image (ms, median)')
+    for axis in (flops, latency):
+        axis.set_ylabel('error (%)')
+        axis.set_ylim(bottom=0)
+    flops.legend(fontsize=8, frameon=False)
+    figure.suptitle('Blocks removed one by one, from right to left', fontsize=11)
     save_figure(figure, path)
 
 

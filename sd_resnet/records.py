@@ -49,9 +49,12 @@ class Run:
 
     @property
     def model_args(self) -> dict[str, Any]:
-        """What timm was given to build the model, but for input channels and classes, which the weights tell."""
+        """What timm was given to build the model, but for input channels and classes, which the weights tell, and for a
+        ramp of the drop path, which ends with the training."""
         given = {name: self.args[key] for key, name in _MODEL_ARGS.items() if self.args.get(key) is not None}
-        return {**(self.args.get('model_kwargs') or {}), **given}
+        args = {**(self.args.get('model_kwargs') or {}), **given}
+        args.pop('drop_path_ramp', None)
+        return args
 
     @property
     def base_model(self) -> str | None:

@@ -13,6 +13,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .compiling import outside_compiler
+from .ramp import as_ramp
 from .resnet_blocks import ResidualBlock, Stage
 from .schedules import Schedule, expected_depth, survival_probs
 from .stochastic_depth import Decision, draw_per_batch, draw_per_sample, scriptable_copy
@@ -46,8 +47,10 @@ class StochasticDepthNet(nn.Module):
         drop_path_mode: str,
         drop_path_rescale: str,
         drop_path_sync: bool,
+        drop_path_ramp: tuple[str, int] | None,
     ) -> None:
         self.drop_path_sync = drop_path_sync
+        self.drop_path_ramp = as_ramp(drop_path_ramp, next(self.parameters()).device)
         self._shared_generator: torch.Generator | None = None
         self._set_drop_path(drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_rescale, keep_function=False)
 
@@ -85,12 +88,19 @@ class StochasticDepthNet(nn.Module):
     def _set_drop_path(
         self, rate: float | None, schedule: Schedule, mode: str, rescale: str, keep_function: bool
     ) -> None:
+        if self.drop_path_ramp is not None and rescale == 'test':
+            raise ValueError(
+                "drop_path_ramp needs drop_path_rescale='train', got 'test': under test-time rescaling every change of "
+                'the rate would change what the network computes at test time'
+            )
         blocks = list(self.blocks())
         probs = survival_probs(len(blocks), rate, schedule)
         for block, p_l in zip(blocks, probs):
             block.check(p_l, mode, rescale)
         for block, p_l in zip(blocks, probs):
             block.configure(p_l, mode, rescale, keep_function)
+        if self.drop_path_ramp is not None:
+            self.drop_path_ramp.govern([block.drop_path for block in blocks])
         self.drop_path_rate = rate
         self.drop_path_schedule = schedule
         self.drop_path_mode = mode
@@ -132,7 +142,7 @@ class StochasticDepthNet(nn.Module):
             stage = getattr(self, name)
             if isinstance(stage, Stage):  # pruning puts an nn.Identity in its place
                 own = None if decisions is None else [decisions.pop(0) for _ in stage]
-                x = stage(x, own, self.grad_checkpointing)
+                x = stage(x, own, self.grad_checkpointing, self.drop_path_ramp)
             if index in taken:
                 features.append(x)
         return x, features
@@ -184,6 +194,8 @@ class StochasticDepthNet(nn.Module):
         Drawn on the host, outside any checkpointed region; for all blocks as soon as one of them trains, so that
         ranks stay in step. A `torch.fx` trace draws nothing: its blocks are leaves and draw when they run.
         """
+        if self.drop_path_ramp is not None and self.training and not isinstance(x, torch.fx.Proxy):
+            self.drop_path_ramp.advance()
         if isinstance(x, torch.fx.Proxy) or not any(b.training and b.drop_path.drops for b in self.blocks()):
             return None
         if self.drop_path_mode == 'batch':
@@ -208,6 +220,11 @@ class StochasticDepthNet(nn.Module):
             dist.broadcast_object_list(seed, src=0)
             self._shared_generator = torch.Generator().manual_seed(seed[0])
         return self._shared_generator
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.drop_path_ramp is None:  # a network without a ramp loads what one with a ramp has saved
+            state_dict.pop(f'{prefix}drop_path_ramp.step', None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __prepare_scriptable__(self) -> nn.Module:
         return scriptable_copy(self)

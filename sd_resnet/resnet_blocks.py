@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .compiling import forward_by_mode, outside_compiler, own_code
 from .functions import fork, gathered_again, join, put_rows, skip, take_rows
+from .ramp import DropPathRamp
 from .stochastic_depth import (
     Decision,
     StochasticDepth,
@@ -177,8 +178,8 @@ class ResidualBlock(nn.Module):
         return put_rows(x, y_rows, start, relu=True)  # the other rows: relu(x), and x comes out of a ReLU
 
     def _branch_of_rows(self, x_rows: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or x_rows.grad_fn is None:
-            return self.branch(x_rows)
+        if torch.compiler.is_compiling() or not hasattr(x_rows.grad_fn, 'start'):
+            return self.branch(x_rows)  # without `start`: taken by an index, which compiled code drew
         with gathered_again(x_rows):
             x = self.conv1(x_rows)
         return self.after_conv1(x)
@@ -299,13 +300,20 @@ class Stage(nn.Sequential):
         return any(block.decides_per_batch() for block in self)  # type: ignore[operator]
 
     @forward_by_mode
-    def forward(self, x: Tensor, decisions: list[Decision] | None = None, grad_checkpointing: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        decisions: list[Decision] | None = None,
+        grad_checkpointing: bool = False,
+        ramp: Any = None,
+    ) -> Tensor:
         """Run the blocks.
 
         Args:
             x: (N, C, H, W).
             decisions: One per block; None lets each block draw for itself.
             grad_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
+            ramp: The network's `DropPathRamp`, whose rates may have changed by then, or None.
         """
         if torch.jit.is_scripting():
             for block in self:
@@ -313,8 +321,14 @@ class Stage(nn.Sequential):
             return x
         else:
             for block, decision in zip(self, [None] * len(self) if decisions is None else decisions):
-                x = checkpoint(block, x, decision, use_reentrant=False) if grad_checkpointing else block(x, decision)
+                x = _checkpointed(block, x, decision, ramp) if grad_checkpointing else block(x, decision)
             return x
+
+
+def _checkpointed(block: nn.Module, x: Tensor, decision: Decision, ramp: DropPathRamp | None) -> Tensor:
+    if ramp is None or torch.compiler.is_compiling():  # compiled code keeps its own rates for its backward pass
+        return checkpoint(block, x, decision, use_reentrant=False)
+    return checkpoint(block, x, decision, use_reentrant=False, context_fn=ramp.contexts)
 
 
 def _scaled(tensor: Tensor, factor: float) -> Tensor:

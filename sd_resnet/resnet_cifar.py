@@ -4,6 +4,7 @@ Huang et al., section 4; the nets are those of He et al. (https://arxiv.org/abs/
 """
 
 # No postponed annotations here: torch.fx copies forward's into the code that it writes.
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class StochasticCifarResNet(StochasticDepthNet):
     """A ResNet of the paper's CIFAR kind, with timm's model interface.
 
     Args:
-        blocks_per_stage: n; the network has L = 3n blocks and 6n + 2 layers.
+        blocks_per_stage: n; the network has L = 3n blocks and 6n + 2 layers. Or one number for each stage.
         num_classes: Size of the classifier, 0 for none.
         in_chans: Number of channels of the images.
         global_pool: timm's pooling type.
@@ -53,6 +54,7 @@ class StochasticCifarResNet(StochasticDepthNet):
         drop_path_mode: `'batch'`, `'row'` or `'subset'`; see `sd_resnet.StochasticDepth`.
         drop_path_rescale: `'test'`, the paper's, or `'train'`, timm's.
         drop_path_sync: In batch mode all ranks of a distributed training drop the same blocks.
+        drop_path_ramp: (kind, steps), a rate that changes during training; see `DropPathRamp`.
         zero_init_last: Start with branches that return zero, as timm's ResNet does.
         device: Device of the parameters.
         dtype: Type of the parameters.
@@ -65,7 +67,7 @@ class StochasticCifarResNet(StochasticDepthNet):
 
     def __init__(
         self,
-        blocks_per_stage: int,
+        blocks_per_stage: int | Sequence[int],
         num_classes: int = 10,
         in_chans: int = 3,
         global_pool: str = 'avg',
@@ -76,6 +78,7 @@ class StochasticCifarResNet(StochasticDepthNet):
         drop_path_mode: str = 'batch',
         drop_path_rescale: str = 'test',
         drop_path_sync: bool = True,
+        drop_path_ramp: tuple[str, int] | None = None,
         zero_init_last: bool = True,
         device: Any = None,
         dtype: Any = None,
@@ -94,11 +97,12 @@ class StochasticCifarResNet(StochasticDepthNet):
         self.feature_info = [dict(num_chs=channels[0], reduction=1, module='act1')]
 
         inplanes, reduction = channels[0], 1
-        for name, planes in zip(self.stage_names, channels):
+        sizes = (blocks_per_stage,) * 3 if isinstance(blocks_per_stage, int) else tuple(blocks_per_stage)
+        for name, planes, size in zip(self.stage_names, channels, sizes):
             stride = 1 if name == 'layer1' else 2
             reduction *= stride
             blocks = []
-            for index in range(blocks_per_stage):
+            for index in range(size):
                 first = index == 0 and stride > 1
                 shortcut = PadShortcut(planes - inplanes, stride) if first else None
                 blocks.append(StochasticBasicBlock(inplanes, planes, stride if first else 1, shortcut, **dd))
@@ -119,7 +123,9 @@ class StochasticCifarResNet(StochasticDepthNet):
         if zero_init_last:
             for block in self.blocks():
                 block.zero_init_last()
-        self.init_drop_path(drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_rescale, drop_path_sync)
+        self.init_drop_path(
+            drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_rescale, drop_path_sync, drop_path_ramp
+        )
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:

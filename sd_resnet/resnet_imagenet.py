@@ -37,6 +37,7 @@ class StochasticResNet(StochasticDepthNet, ResNet):
         drop_path_mode: `'batch'`, `'row'` or `'subset'`; see `sd_resnet.StochasticDepth`.
         drop_path_rescale: `'test'`, the paper's, or `'train'`, timm's.
         drop_path_sync: In batch mode all ranks of a distributed training drop the same blocks.
+        drop_path_ramp: (kind, steps), a rate that changes during training; see `DropPathRamp`.
         **kwargs: What timm's `ResNet` takes.
 
     Raises:
@@ -54,12 +55,15 @@ class StochasticResNet(StochasticDepthNet, ResNet):
         drop_path_mode: str = 'batch',
         drop_path_rescale: str = 'test',
         drop_path_sync: bool = True,
+        drop_path_ramp: tuple[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(block, layers, **kwargs)
         for name in self.stage_names:
             setattr(self, name, Stage(*getattr(self, name)))
-        self.init_drop_path(drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_rescale, drop_path_sync)
+        self.init_drop_path(
+            drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_rescale, drop_path_sync, drop_path_ramp
+        )
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, C, H, W) images to the last stage's (N, C', H/32, W/32)."""

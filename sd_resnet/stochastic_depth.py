@@ -20,6 +20,10 @@ ModuleT = TypeVar('ModuleT', bound=nn.Module)
 MODES = ('batch', 'row', 'subset')
 RESCALES = ('test', 'train')
 
+# A whole number is a constant to `torch.compile`; a float that changes, in a ramp, would become a symbol, and so would
+# numbers of rows. p_l as a multiple of 2^-60 is exact where p_l is at least 2^-7.
+_ONE = 2**60
+
 # What a block is told about one training step. Batch mode: is the block active? Row mode: the mask of the rows,
 # (N, 1, 1, 1). Subset mode: the first row of the window, in a compiled graph as a tensor of one number, on the input's
 # device. None: the block draws for itself.
@@ -104,6 +108,7 @@ class StochasticDepth(_Scriptable):
         """Set all three at once. It does not touch the branch's weights; `model.set_drop_path` does both."""
         check_settings(survival_prob, mode, rescale)
         self.p_l = float(survival_prob)
+        self.fixed_point = round(self.p_l * _ONE)
         self.drops = self.p_l < 1
         self.mode = mode
         self.rescale = rescale
@@ -157,7 +162,7 @@ class StochasticDepth(_Scriptable):
 
     def rows(self, batch: int) -> int:
         """Number k of rows that a branch runs on in subset mode: round(p_l * batch), ties to even, at least 1."""
-        return max(1, round(self.p_l * batch))
+        return rows_of(self.fixed_point / _ONE, batch)
 
     def train_factor(self, share: float) -> float:
         """What the branch is multiplied by in training where the share `share` of the work survives."""
@@ -193,6 +198,11 @@ def scriptable_copy(module: ModuleT) -> ModuleT:
             child.__class__ = _Scriptable  # type: ignore[assignment]
     copied.__dict__['_copied_from'] = (module,)  # torch.jit tells modules apart by id: keep this one's from reuse
     return copied
+
+
+def rows_of(survival_prob: float, batch: int) -> int:
+    """Number k of rows that survive in subset mode: round(p_l * batch), ties to even, at least 1."""
+    return max(1, round(survival_prob * batch))
 
 
 def check_settings(survival_prob: float, mode: str, rescale: str) -> None:

@@ -24,9 +24,11 @@ def install(stand_in):
     """Hooks for one run."""
     from timm.utils import ModelEmaV3
 
+    from sd_resnet.converted_block import Draws
     from sd_resnet.resnet_base import StochasticDepthNet
 
     ddp_init, ema_init, draw = DistributedDataParallel.__init__, ModelEmaV3.__init__, StochasticDepthNet._draw_per_batch
+    draw_alone = Draws.draw
 
     def on_cpu(self, module, device_ids=None, *args, **kwargs):
         if next(module.parameters()).device.type == 'cpu':
@@ -46,12 +48,19 @@ def install(stand_in):
         seen['decisions'].append(decisions)
         return list(decisions)
 
+    @torch.compiler.disable
+    def recorded_alone(self, block, x):
+        p_l, decision = draw_alone(self, block, x)
+        if isinstance(decision, bool):
+            seen['decisions'].append(decision)
+        return p_l, decision
+
     DistributedDataParallel.__init__, ModelEmaV3.__init__ = on_cpu, with_ema
-    StochasticDepthNet._draw_per_batch = recorded
+    StochasticDepthNet._draw_per_batch, Draws.draw = recorded, recorded_alone
 
     def remove():
         DistributedDataParallel.__init__, ModelEmaV3.__init__ = ddp_init, ema_init
-        StochasticDepthNet._draw_per_batch = draw
+        StochasticDepthNet._draw_per_batch, Draws.draw = draw, draw_alone
 
     return remove
 

@@ -1,10 +1,11 @@
 """pytest plugin for timm's own model tests: shows them this package's models alone.
 
 timm's file picks models with `list_models`. Tests of `forward_intermediates` go by the names of timm's modules, to
-which this package's two are added.
+which this package's are added. What timm leaves out for a model is left out for its converted one.
 """
 
 import os
+from fnmatch import fnmatch
 
 import timm
 
@@ -12,13 +13,21 @@ import sd_resnet  # noqa: F401
 
 _list_models = timm.list_models
 _wanted = os.environ.get('SD_RESNET_SUITE_MODELS', '').split()
+_converted = _list_models(module='converted_models')
 
 
-def list_models(filter='', module='', **kwargs):
+def list_models(filter='', module='', include_tags=False, exclude_filters='', **kwargs):
     if isinstance(module, (list, tuple)):
-        module = [*module, 'resnet_imagenet', 'resnet_cifar']
-    names = [name for name in _list_models(filter, module, **kwargs) if name.startswith('sd_')]
-    return [name for name in names if not _wanted or name.split('.')[0] in _wanted]
+        module = [*module, 'resnet_imagenet', 'resnet_cifar', 'converted_models']
+    names = _list_models(filter, module, include_tags=include_tags, exclude_filters=exclude_filters, **kwargs)
+    excluded = [exclude_filters] if isinstance(exclude_filters, str) else exclude_filters
+    return [
+        name
+        for name in names
+        if name.startswith('sd_')
+        and (not _wanted or name.split('.')[0] in _wanted)
+        and not (name.split('.')[0] in _converted and any(fnmatch(name.removeprefix('sd_'), f) for f in excluded))
+    ]
 
 
 timm.list_models = list_models

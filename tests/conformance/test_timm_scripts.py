@@ -26,6 +26,10 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 MODEL = 'sd_resnet20_cifar'
+CONVERTED = {
+    'sd_vit_tiny_patch16_224': 'img_size=32 embed_dim=32 depth=3 num_heads=2',
+    'sd_convnext_atto': 'depths=(1,1,2,1) dims=(8,8,16,16)',
+}
 COMMON = [
     '--num-classes',
     '10',
@@ -185,6 +189,19 @@ def test_resuming_a_killed_run(digits, tmp_path):
     assert _trained(tmp_path / 'again', 1)['epoch'] == reached + 1
 
 
+def test_a_warm_up_goes_on_where_it_was(digits, tmp_path):
+    """timm's script saves and loads tensors only."""
+    model = 'sd_vit_tiny_patch16_224'
+    ramp = ['--drop-path', '0.5', '--model-kwargs', "drop_path_ramp=('warmup',1000)", *CONVERTED[model].split()]
+    flags = ['--data-dir', digits, '--model', model, '--output', tmp_path, *COMMON, '--no-prefetcher', *ramp]
+    _run('train.py', *flags, '--epochs', 1, '--experiment', 'first')
+    steps = _trained(tmp_path / 'first', 1)['state_dict']['drop_path_ramp.step']
+    assert steps > 1
+    last = tmp_path / 'first' / 'last.pth.tar'
+    _run('train.py', *flags, '--epochs', 2, '--experiment', 'second', '--resume', last)
+    assert _trained(tmp_path / 'second', 1)['state_dict']['drop_path_ramp.step'] == 2 * steps
+
+
 @pytest.fixture(scope='session')
 def trained(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp('trained')
@@ -298,6 +315,16 @@ RANK_FLAGS = {
     'compiled': '--torchcompile eager',
 }
 RANK_RUNS = {
+    **{
+        f'{model} {mode}{flag}': (
+            model,
+            f'--drop-path 0.5 --model-kwargs drop_path_mode={mode} drop_path_schedule=uniform {size} {flag}',
+            False,
+        )
+        for model, size in CONVERTED.items()
+        for mode in ('batch', 'subset')
+        for flag in ('', ' --grad-checkpointing')
+    },
     **{
         f'{model} {mode} {name}': (model, f'{flags} --model-kwargs drop_path_mode={mode}', False)
         for model in ('sd_resnet18', MODEL)

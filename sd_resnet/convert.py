@@ -1,0 +1,143 @@
+"""Stochastic depth that skips work for any residual network of timm, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .converted_block import BlockDropPath, ConvertedBlock, Draws, converted_class
+from .ramp import as_ramp
+from .residual_search import Found, search
+from .schedules import Schedule, survival_probs
+from .stochastic_depth import check_settings
+
+RAMP = 'drop_path_ramp'  # the ramp's name in a network
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` has done.
+
+    Attributes:
+        survival_probs: p_1 .. p_L of the converted blocks by their names, in the order in which they run.
+        left_alone: Why the other modules with a drop path keep theirs, by their names.
+    """
+
+    survival_probs: dict[str, float]
+    left_alone: dict[str, str]
+
+
+def convert(
+    model: nn.Module,
+    drop_path_rate: float | None = None,
+    schedule: Schedule = 'timm',
+    mode: str = 'subset',
+    sync: bool = True,
+    ramp: tuple[str, int] | None = None,
+    input_size: tuple[int, int, int] | None = None,
+) -> Conversion:
+    """Let a network's residual blocks skip the work that they drop, in place.
+
+    The blocks are found through their drop paths, which are taken over. Each drops as one unit, with both branches
+    where it has two. As in timm, the branch is divided by p_l in training and evaluation is unscaled, so state dict and
+    evaluation stay as they are, bit for bit. A network that is converted already is converted anew.
+    `torch.jit.script` puts plain blocks with timm's drop path in the place of the converted ones.
+
+    Args:
+        model: A network of timm, or one with timm's `DropPath` in its blocks.
+        drop_path_rate: The highest rate, 1 - p_L, in [0, 1). None keeps the rates that the network was built with.
+        schedule: `'timm'`: the network's own rule, l-1 over L-1 where it was built at rate 0; or see `survival_probs`.
+        mode: `'subset'`, `'batch'` or `'row'`; see `StochasticDepth`.
+        sync: In batch mode all ranks of a distributed training drop the same blocks.
+        ramp: (kind, steps), see `DropPathRamp`; adds one key to the state dict.
+        input_size: (C, H, W) of the images; None is the network's own.
+
+    Returns:
+        What was converted, and what was left alone.
+
+    Raises:
+        ValueError: An argument is not allowed, or there is no block to convert.
+        RuntimeError: The network does not run on images of `input_size`.
+    """
+    check_settings(1.0, mode, 'train')
+    first = next(model.parameters(), None)
+    new_ramp = as_ramp(ramp, None if first is None else first.device)
+    unconvert(model)
+    found, left_alone = search(model, _input_size(model) if input_size is None else input_size)
+    name = type(model).__name__
+    if not found:
+        reasons = '; '.join(f'{name}: {reason}' for name, reason in list(left_alone.items())[:3])
+        raise ValueError(f'{name} has no residual block that can be skipped ({reasons or "it holds no drop path"})')
+    probs = _survival_probs(found, drop_path_rate, schedule)
+
+    draws = Draws(sync, new_ramp)
+    modules = dict(model.named_modules())
+    drop_paths = []
+    for index, (block, p_l) in enumerate(zip(found, probs)):
+        module: Any = modules[block.name]
+        drop_path = BlockDropPath(p_l, mode, 'train').train(module.training)
+        slots = [(modules[slot.holder], slot.name) for slot in block.slots]
+        # Not through nn.Module's __setattr__: nothing here is one more child of the block
+        module.__dict__.update(
+            stochastic_depth=drop_path,
+            draws=draws,
+            ends_in_relu=block.relu,
+            counts_steps=index == 0 and new_ramp is not None,
+            plain_slots=[(holder, slot, getattr(holder, slot)) for holder, slot in slots],
+        )
+        for place, (holder, slot) in enumerate(slots):
+            setattr(holder, slot, nn.Identity() if place else drop_path)
+        own_class: Any = type(module)
+        module.__class__ = converted_class(own_class)
+        drop_paths.append(drop_path)
+    if new_ramp is not None:
+        new_ramp.govern(drop_paths)
+        model.add_module(RAMP, new_ramp)
+    model.register_load_state_dict_pre_hook(_without_ramp)
+    return Conversion({block.name: p_l for block, p_l in zip(found, probs)}, left_alone)
+
+
+def unconvert(model: nn.Module) -> None:
+    """Undo `convert`, in place: the blocks' own classes, and the drop paths with the rates that they had."""
+    for module in list(model.modules()):
+        if isinstance(module, ConvertedBlock):
+            module.restore()
+    model._modules.pop(RAMP, None)
+    hooks = model._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if getattr(hook, 'hook', None) is _without_ramp]:
+        del hooks[key]
+
+
+def converted_blocks(model: nn.Module) -> dict[str, ConvertedBlock]:
+    """The converted blocks of a network by their names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ConvertedBlock)}
+
+
+def _without_ramp(model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """A network without a ramp loads what one with a ramp has saved."""
+    if RAMP not in model._modules:
+        state_dict.pop(f'{prefix}{RAMP}.step', None)
+
+
+def _survival_probs(found: Sequence[Found], rate: float | None, schedule: Schedule) -> tuple[float, ...]:
+    own = [block.rate for block in found]
+    if schedule != 'timm' or not any(own):
+        if rate is None and isinstance(schedule, str):
+            rate = max(own)
+        return survival_probs(len(found), rate, schedule)
+    if rate is not None:
+        survival_probs(1, rate)  # checks it
+        own = [rate * r / max(own) for r in own]
+    return tuple(1 - r for r in own)
+
+
+def _input_size(model: Any) -> tuple[int, int, int]:
+    config = getattr(model, 'pretrained_cfg', None)
+    if not config or 'input_size' not in config:
+        raise ValueError(f'input_size must be given for {type(model).__name__}, which does not state its own')
+    channels, *size = config['input_size']
+    own = getattr(getattr(model, 'patch_embed', None), 'img_size', None) or size
+    return getattr(model, 'in_chans', None) or channels, own[0], own[1]

@@ -1,0 +1,119 @@
+"""A drop-path rate that changes during training: a warm-up, early only, or late only.
+
+Early and late drop path are those of Liu et al., "Dropout Reduces Underfitting" (https://arxiv.org/abs/2303.01500).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from .stochastic_depth import StochasticDepth
+
+KINDS = ('warmup', 'early', 'late')
+
+
+class DropPathRamp(nn.Module):
+    """Multiplies every block's rate, 1 - p_l, by a factor that depends on the number of training steps so far.
+
+    A step is one forward pass of the network in training mode. The state dict holds their number as one scalar,
+    `step`, which is how it survives timm's `--resume`. The Python number `steps_done` alone decides, so that no step
+    waits for a device; the scalar is written at every step and read when a state dict is loaded.
+
+    Args:
+        kind: `'warmup'`, from 0 up to the whole rate in equal steps; `'early'`, on, then off; `'late'`, off, then on.
+        steps: When the warm-up ends, or when drop path is switched off or on.
+        device: Device of the travelling scalar.
+
+    Raises:
+        ValueError: `kind` or `steps` is not allowed.
+    """
+
+    def __init__(self, kind: str, steps: int, device: Any = None) -> None:
+        super().__init__()
+        if kind not in KINDS or isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(_message((kind, steps)))
+        self.kind = kind
+        self.steps = steps
+        self.steps_done = 0
+        self.step: Any
+        self.register_buffer('step', torch.zeros((), dtype=torch.int64, device=device))
+        self._drop_paths: list[StochasticDepth] = []
+        self._rates: list[float] = []
+        self._factor = 1.0  # in force
+
+    @property
+    def factor(self) -> float:
+        """What the rates are multiplied by in the next training step."""
+        if self.kind == 'warmup':
+            return min(1.0, self.steps_done / self.steps)
+        return float((self.steps_done < self.steps) == (self.kind == 'early'))
+
+    def govern(self, drop_paths: Sequence[StochasticDepth]) -> None:
+        """Take charge of the blocks' rates, which are by now those of factor 1."""
+        self.__dict__['_drop_paths'] = list(drop_paths)  # no children: they belong to their blocks
+        self._rates = [drop_path.drop_prob for drop_path in drop_paths]
+        self._factor = 1.0
+        self._set(self.factor)
+
+    @torch.compiler.disable
+    def advance(self) -> None:
+        """Set the rates for the training step that begins, and count it."""
+        self._set(self.factor)
+        self.steps_done += 1
+        self.step.fill_(self.steps_done)
+
+    def contexts(self) -> tuple[Any, Any]:
+        """`context_fn` of an activation checkpoint: its second forward pass has the rates of the first."""
+        return nullcontext(), self._at(self._factor)
+
+    @contextmanager
+    def _at(self, factor: float) -> Iterator[None]:
+        now = self._factor
+        self._set(factor)
+        try:
+            yield
+        finally:
+            self._set(now)
+
+    def _set(self, factor: float) -> None:
+        if self._factor != factor:
+            self._factor = factor
+            for drop_path, rate in zip(self._drop_paths, self._rates):
+                drop_path.configure(1 - rate * factor, drop_path.mode, drop_path.rescale)
+
+    def extra_repr(self) -> str:
+        return f'kind={self.kind!r}, steps={self.steps}'
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A state dict of a network without a ramp leaves the count as it is."""
+        stored = state_dict.get(f'{prefix}step')
+        if stored is None:
+            state_dict[f'{prefix}step'] = self.step.detach()
+        elif not stored.is_meta:
+            self.steps_done = int(stored)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._set(self.factor)
+
+
+def as_ramp(value: Any, device: Any = None) -> DropPathRamp | None:
+    """The ramp that `drop_path_ramp=value` asks for: a pair (kind, steps), or None.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(_message(value))
+    kind, steps = value
+    return DropPathRamp(kind, steps, device)
+
+
+def _message(value: Any) -> str:
+    kinds = ', '.join(map(repr, KINDS))
+    return f'drop_path_ramp must be None or (kind, steps), a kind of {kinds} and steps of at least 1, got {value!r}'
