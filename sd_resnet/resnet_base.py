@@ -151,7 +151,11 @@ class StochasticDepthNet(nn.Module):
 
     def forward_stem(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The stem's feature, and what the first stage is given."""
-        if torch.compiler.is_compiling() and self.drop_path_mode == 'batch' and x.device.type == 'cpu':
+        if (
+            torch.compiler.is_compiling()
+            and x.device.type == 'cpu'
+            and any(b.decides_per_batch() for b in self.blocks())
+        ):
             # Compiled convolutions are computed so on a CPU: each of the many graphs would convert at its borders
             x = x.contiguous(memory_format=torch.channels_last)
         stem = self.act1(self.bn1(self.conv1(x)))

@@ -134,7 +134,7 @@ def test_what_is_published_is_what_the_command_writes(tmp_path):
     published = ROOT / 'docs' / 'study'
     if not list(published.glob('*.json')):
         pytest.skip('no cell is finished yet')
-    folder = tmp_path / 'study'
+    folder = tmp_path / 'docs' / 'study'
     shutil.copytree(published, folder)
     card = Path(shutil.copy(ROOT / 'MODEL_CARD.md', tmp_path))
     write_report(folder, card)
