@@ -57,6 +57,9 @@ class Settings:
         saved_steps: Steps over which the bytes kept for backward are counted.
         seed: Of weights, images and decisions.
         schedule: Of survival probabilities; None is the model's own. `'uniform'` is for other drop paths too.
+
+    Raises:
+        ValueError: `precision` or `steps` is not allowed.
     """
 
     model: str = 'sd_resnet50'
@@ -74,6 +77,12 @@ class Settings:
     saved_steps: int = 200
     seed: int = 0
     schedule: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in ('float32', 'bfloat16', 'float16'):
+            raise ValueError(f"precision must be 'float32', 'bfloat16' or 'float16', got {self.precision!r}")
+        if self.steps < 2:
+            raise ValueError(f'steps must be at least 2, to state their spread, got {self.steps!r}')
 
 
 @dataclass
@@ -124,8 +133,6 @@ def run(settings: Settings, progress: bool = True) -> list[Row]:
     Raises:
         ValueError: An argument is outside what is allowed.
     """
-    if settings.precision not in ('float32', 'bfloat16', 'float16'):
-        raise ValueError(f"precision must be 'float32', 'bfloat16' or 'float16', got {settings.precision!r}")
     cost = network_cost(settings.model, settings.size, settings.rate, settings.schedule)
     return _measure(settings, _contestants(settings), cost.image_size, lambda name: cost, progress)
 

@@ -79,6 +79,7 @@ def convert(
     for index, (block, p_l) in enumerate(zip(found, probs)):
         module: Any = modules[block.name]
         drop_path = BlockDropPath(p_l, mode, 'train').train(module.training)
+        drop_path.network_drops = min(probs) < 1
         slots = [(modules[slot.holder], slot.name) for slot in block.slots]
         # Not through nn.Module's __setattr__: nothing here is one more child of the block
         module.__dict__.update(

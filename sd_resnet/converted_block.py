@@ -11,7 +11,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 import torch.fx
 from timm.layers import DropPath, SplitBatchNorm2d
 from timm.models import register_notrace_module
@@ -21,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .compiling import forward_by_mode, outside_compiler, own_code
 from .functions import put_rows, skip, take_rows
 from .ramp import DropPathRamp
+from .ranks import SharedGenerator, many_ranks
 from .stochastic_depth import Decision, StochasticDepth, draw_per_batch, draw_per_sample, rows_of, scriptable_copy
 
 _REMEMBERED = 2**14  # passes through a block between a forward pass and its backward pass
@@ -48,14 +48,16 @@ class Draws:
     def __init__(self, sync: bool, ramp: DropPathRamp | None) -> None:
         self.sync = sync
         self.ramp = ramp
-        self._generator: torch.Generator | None = None
+        self._generator = SharedGenerator()
         self._remembered: OrderedDict[int, tuple[float, Decision]] = OrderedDict()
 
     @torch.compiler.disable
     def draw(self, block: ConvertedBlock, x: Tensor) -> tuple[float, Decision]:
         """p_l and the block's decision, None where nothing is dropped."""
         drop_path = block.stochastic_depth
-        shared = drop_path.mode == 'batch' and _many_ranks()
+        if self.ramp is None and not drop_path.drops:
+            return 1.0, None
+        shared = drop_path.mode == 'batch' and many_ranks()
         if shared and not self.sync:
             block.check_ranks()
             shared = False
@@ -68,7 +70,7 @@ class Draws:
             self.ramp.advance()
         p_l, decision = known or (drop_path.p_l, None)
         if p_l < 1 and not (shared and known):  # what comes from the default generator is drawn in both passes
-            drawn = self._draw(drop_path, x, self._shared_generator() if shared else None)
+            drawn = self._draw(drop_path, x, self._generator.get() if shared else None)
             decision = decision if known else drawn
         if known is None:
             self._remembered[ticket] = p_l, decision
@@ -81,21 +83,8 @@ class Draws:
             return draw_per_batch([drop_path], generator)[0]
         return draw_per_sample([drop_path], x)[0]
 
-    def _shared_generator(self) -> torch.Generator:
-        """Seeded by rank 0 at the network's first draw; the default generator stays where it is."""
-        if self._generator is None:
-            with torch.random.fork_rng(devices=[]):
-                seed = [int(torch.randint(2**63 - 1, (), device='cpu'))]
-            dist.broadcast_object_list(seed, src=0)
-            self._generator = torch.Generator().manual_seed(seed[0])
-        return self._generator
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_generator': None, '_remembered': OrderedDict()}  # a copy joins the ranks anew
-
-
-def _many_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return {**self.__dict__, '_remembered': OrderedDict()}
 
 
 class ConvertedBlock(nn.Module):
@@ -135,14 +124,15 @@ class ConvertedBlock(nn.Module):
         Returns:
             The shape of `x`.
         """
-        if not self.training or not (self.stochastic_depth.drops or self.draws.ramp):
+        drop_path = self.stochastic_depth
+        if not self.training or not (drop_path.drops or self.draws.ramp or self.decides_per_batch()):
             return self.plain_class.forward(self, x, *args, **kwargs)
         if isinstance(x, torch.fx.Proxy):
             raise RuntimeError(
                 'a block in training mode cannot be traced: one random decision would be frozen into the graph; trace '
                 'in evaluation mode, or keep the blocks whole with timm.models.get_notrace_modules()'
             )
-        if self.stochastic_depth.mode == 'batch':
+        if drop_path.mode == 'batch':
             return self._forward_per_batch(x, args, kwargs)
         if self.counts_steps:
             return self._forward_first(x, args, kwargs)
@@ -186,7 +176,7 @@ class ConvertedBlock(nn.Module):
         self.check_split()
         batch = x.shape[0]
         rows = drop_path.rows(batch) if p_l is None else rows_of(p_l, batch)
-        if rows == batch or (rows == 1 and any(isinstance(module, _BatchNorm) for module in self.modules())):
+        if rows >= batch or (rows == 1 and any(isinstance(module, _BatchNorm) for module in self.modules())):
             return self._forward_plain(x, args, kwargs)
         x, x_rows = take_rows(x, decision, rows)
         y_rows = _scaled(x_rows, self.plain_class.forward(self, x_rows, *args, **kwargs), batch / rows)

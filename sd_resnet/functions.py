@@ -80,28 +80,43 @@ def join(shortcut: Tensor, branch: Tensor, start: int | Tensor, factor: float) -
 class gathered_again(saved_tensors_hooks):
     """While active, an operation on `rows`, taken by `take_rows` or `fork`, keeps no copy of them for backward.
 
-    Those keep their input, which other operations keep anyway; the rows are taken from it again in backward.
+    Those keep their input, which other operations keep anyway; the rows are taken from it again in backward. What else
+    the operation keeps goes to the hooks that were active before (torch has no public way to ask for them, and none
+    before 2.8).
     """
 
     def __init__(self, rows: Tensor) -> None:
         taken: Any = rows.grad_fn
         address, layout = rows.data_ptr(), (rows.shape, rows.stride(), rows.dtype)
+        outer_pack, outer_unpack = _active_hooks(True) or (_pack, _unpack)
 
         def pack(tensor: Tensor) -> Any:
             if tensor.data_ptr() == address and (tensor.shape, tensor.stride(), tensor.dtype) == layout:
                 return None
-            return tensor, tensor._version
+            return (outer_pack(tensor),)
 
         def unpack(kept: Any) -> Tensor:
-            if kept is None:
-                (x,) = taken.saved_tensors
-                return _window(x, taken.start, layout[0][0])
-            tensor, version = kept
-            if tensor._version != version:
-                raise RuntimeError('a tensor needed for gradient computation has been modified by an inplace operation')
-            return tensor
+            if kept is not None:
+                return outer_unpack(*kept)
+            (x,) = taken.saved_tensors
+            return _window(x, taken.start, layout[0][0])
 
         super().__init__(pack, unpack)
+
+
+_active_hooks: Any = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', lambda ignore_tracing: None)
+
+
+def _pack(tensor: Tensor) -> tuple[Tensor, int]:
+    return tensor, tensor._version
+
+
+def _unpack(kept: tuple[Tensor, int]) -> Tensor:
+    """As torch does where no hooks are active."""
+    tensor, version = kept
+    if tensor._version != version:
+        raise RuntimeError('a tensor needed for gradient computation has been modified by an inplace operation')
+    return tensor
 
 
 class _Skip(Function):

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 import torch.fx
 from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from .compiling import outside_compiler
 from .ramp import as_ramp
+from .ranks import SharedGenerator, many_ranks
 from .resnet_blocks import ResidualBlock, Stage
 from .schedules import Schedule, expected_depth, survival_probs
 from .stochastic_depth import Decision, draw_per_batch, draw_per_sample, scriptable_copy
@@ -51,7 +51,7 @@ class StochasticDepthNet(nn.Module):
     ) -> None:
         self.drop_path_sync = drop_path_sync
         self.drop_path_ramp = as_ramp(drop_path_ramp, next(self.parameters()).device)
-        self._shared_generator: torch.Generator | None = None
+        self._shared_generator = SharedGenerator()
         self._set_drop_path(drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_rescale, keep_function=False)
 
     def set_drop_path(
@@ -99,6 +99,7 @@ class StochasticDepthNet(nn.Module):
             block.check(p_l, mode, rescale)
         for block, p_l in zip(blocks, probs):
             block.configure(p_l, mode, rescale, keep_function)
+            block.drop_path.network_drops = min(probs) < 1
         if self.drop_path_ramp is not None:
             self.drop_path_ramp.govern([block.drop_path for block in blocks])
         self.drop_path_rate = rate
@@ -137,7 +138,8 @@ class StochasticDepthNet(nn.Module):
     def _run(self, x: Tensor, taken: Sequence[int], last: int | None) -> tuple[Tensor, list[Tensor]]:
         decisions = self.draw(x)
         stem, x = self.forward_stem(x)
-        features = [stem] if 0 in taken else []
+        # Without pooling they are one tensor, and so may be the first stage's output, if all of it is dropped
+        features = [stem.clone() if stem is x else stem] if 0 in taken else []
         for index, name in enumerate(self.stage_names[:last], start=1):
             stage = getattr(self, name)
             if isinstance(stage, Stage):  # pruning puts an nn.Identity in its place
@@ -213,17 +215,13 @@ class StochasticDepthNet(nn.Module):
 
     def _generator(self, blocks: list[ResidualBlock]) -> torch.Generator | None:
         """On more than one rank a generator that all ranks share, else None, torch's default one."""
-        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        if not many_ranks():
             return None
         if not self.drop_path_sync:
             for block in blocks:
                 block.check_alone()
             return None
-        if self._shared_generator is None:
-            seed = [int(torch.randint(2**63 - 1, (), device='cpu'))]
-            dist.broadcast_object_list(seed, src=0)
-            self._shared_generator = torch.Generator().manual_seed(seed[0])
-        return self._shared_generator
+        return self._shared_generator.get()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.drop_path_ramp is None:  # a network without a ramp loads what one with a ramp has saved
@@ -232,9 +230,6 @@ class StochasticDepthNet(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         return scriptable_copy(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_shared_generator': None}  # a copy joins the ranks anew
 
 
 def build(model_cls: type[StochasticDepthNet], variant: str, pretrained: bool, **kwargs: Any) -> Any:

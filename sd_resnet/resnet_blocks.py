@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from .compiling import forward_by_mode, outside_compiler, own_code
 from .functions import fork, gathered_again, join, put_rows, skip, take_rows
 from .ramp import DropPathRamp
+from .ranks import many_ranks
 from .stochastic_depth import (
     Decision,
     StochasticDepth,
@@ -121,9 +122,11 @@ class ResidualBlock(nn.Module):
         longer than the rest, while eager mode keeps the output, which the next block keeps anyway.
         """
         alone = decision is None
-        if isinstance(x, torch.fx.Proxy):
+        if not self.drop_path.drops:
+            decision = True
+        elif isinstance(x, torch.fx.Proxy):
             raise RuntimeError(_TRACED)
-        if decision is None:
+        elif decision is None:
             self.check_alone()
             decision = draw_per_batch([self.drop_path])[0]
         if decision:
@@ -163,23 +166,24 @@ class ResidualBlock(nn.Module):
             )
         batch = x.shape[0]
         rows = self.drop_path.rows(batch)
-        factor = self.drop_path.train_factor(rows / batch)
-        if rows == batch or (rows == 1 and self._is_one_pixel(x)):
+        if rows >= batch or (rows == 1 and self._is_one_pixel(x)):
             return self._forward_whole(x, 1.0)
+        factor = self.drop_path.train_factor(rows / batch)
+        copied = not isinstance(start, Tensor) and start + rows > batch  # the window wraps
         if self.downsample is not None:
             x, x_rows = fork(x, start, rows)
-            branch = self._branch_of_rows(x_rows)
+            branch = self._branch_of_rows(x_rows, copied)
             return self.activate(join(self.downsample(x), branch, start, factor))
         x, x_rows = take_rows(x, start, rows)
-        branch = self._branch_of_rows(x_rows)
+        branch = self._branch_of_rows(x_rows, copied)
         y_rows = branch.add_(x_rows) if factor == 1 else torch.add(x_rows, branch, alpha=factor)
         if alone or not self._ends_in_relu():
             return self.activate(put_rows(x, y_rows, start, relu=False))
         return put_rows(x, y_rows, start, relu=True)  # the other rows: relu(x), and x comes out of a ReLU
 
-    def _branch_of_rows(self, x_rows: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or not hasattr(x_rows.grad_fn, 'start'):
-            return self.branch(x_rows)  # without `start`: taken by an index, which compiled code drew
+    def _branch_of_rows(self, x_rows: Tensor, copied: bool) -> Tensor:
+        if not copied or x_rows.grad_fn is None:
+            return self.branch(x_rows)
         with gathered_again(x_rows):
             x = self.conv1(x_rows)
         return self.after_conv1(x)
@@ -240,7 +244,8 @@ class ResidualBlock(nn.Module):
 
     def check_alone(self) -> None:
         """Raise where a draw that other ranks do not share would make SyncBatchNorm wait for ever."""
-        if self.drop_path.mode == 'batch' and isinstance(getattr(self, self.last_norm), nn.SyncBatchNorm):
+        norm = getattr(self, self.last_norm)
+        if many_ranks() and self.drop_path.mode == 'batch' and isinstance(norm, nn.SyncBatchNorm):
             raise RuntimeError(
                 "drop_path_mode='batch' with SyncBatchNorm needs decisions that all ranks share: without them ranks "
                 'would wait for each other for ever; leave drop_path_sync=True and call the whole model, or use '

@@ -87,6 +87,9 @@ class StochasticDepth(_Scriptable):
         device: Device of the travelling scalar.
         dtype: Type of the travelling scalar.
 
+    Attributes:
+        network_drops: Does any block of its network drop? Set by the network.
+
     Raises:
         ValueError: An argument is outside what is allowed.
     """
@@ -102,6 +105,7 @@ class StochasticDepth(_Scriptable):
         nn.Module.__init__(self)  # DropPath's own would assign drop_prob
         self._carrier_options = {'device': device, 'dtype': dtype}
         self._buffers['survival_prob'] = None  # not register_buffer: the public attribute is the Python number
+        self.network_drops = False
         self.configure(survival_prob, mode, rescale)
 
     def configure(self, survival_prob: float, mode: str, rescale: str) -> None:
@@ -136,8 +140,11 @@ class StochasticDepth(_Scriptable):
 
     @property
     def per_batch(self) -> bool:  # type: ignore[override]
-        """Does it take decisions, one for a whole mini-batch?"""
-        return self.drops and self.mode == 'batch'
+        """Does its network take decisions for whole mini-batches?
+
+        Also where its own p_l is 1: compiled among blocks that decide, those would be many graphs of one code object.
+        """
+        return self.mode == 'batch' and (self.drops or self.network_drops)
 
     @property
     def test_scale(self) -> float:
@@ -238,6 +245,8 @@ def draw_per_sample(drop_paths: Sequence[StochasticDepth], x: Tensor) -> list[De
     """
     if drop_paths[0].mode == 'row':
         return [drop_path.mask(x) for drop_path in drop_paths]
+    if x.shape[0] == 0:
+        return [0] * len(drop_paths)
     starts = torch.ones(x.shape[0], device='cpu').multinomial(len(drop_paths), replacement=True)
     if torch.compiler.is_compiling():
         return list(starts.to(x.device, non_blocking=True).unbind())

@@ -121,6 +121,37 @@ def test_batch_mode_stays_below_the_recompile_limit_with_a_second(name, second):
                     counted.evaluate(x)
 
 
+def test_blocks_that_always_survive_among_others_stay_below_the_recompile_limit():
+    schedule = [1, 0.5] * 8  # the same block class in many shapes
+    counted = Counted(make('sd_resnet50', train=True, drop_path_schedule=schedule, drop_path_rate=None))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for shape in ((3, 32), (2, 32), (3, 64)):
+            counted.train(images(*shape), 5)
+            counted.evaluate(images(*shape))
+
+
+def _conversions(counted):
+    """Changes of memory format in the graphs."""
+    nodes = [node for graph in counted.graphs for node in graph.graph.nodes]
+    return sum('contiguous' in str(node.target) or 'memory_format' in node.kwargs for node in nodes)
+
+
+def test_only_training_in_batch_mode_changes_the_memory_format():
+    """Whoever reads an exported graph, or the strides of a feature, would meet channels_last unasked."""
+    x = images(2)
+    counted = Counted(make('sd_resnet18'))
+    counted.evaluate(x)
+    assert _conversions(counted) == 0
+    counted.train(x, 1)
+    assert _conversions(counted) == 1
+    undropped = Counted(make('sd_resnet18', drop_path_rate=0))
+    undropped.train(x, 1)
+    assert _conversions(undropped) == 0
+    features = Counted(make('sd_resnet18', features_only=True, num_classes=None))
+    with torch.no_grad():
+        assert all(feature.is_contiguous() for feature in features.compiled(x))
+
+
 @pytest.mark.parametrize('mode', ['row', 'subset'])
 def test_per_sample_modes_have_one_training_graph(mode):
     counted = Counted(make('sd_resnet50', train=True, drop_path_mode=mode), fullgraph=True)

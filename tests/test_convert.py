@@ -275,7 +275,7 @@ def test_checkpointing_replays_the_draws_however_many_forward_passes_precede(nam
 def test_ranks_that_share_decisions_replay_them_too(monkeypatch):
     """The generator that ranks share is private, and checkpointing does not restore it."""
     seeds = []
-    monkeypatch.setattr(converted_block, '_many_ranks', lambda: True)
+    monkeypatch.setattr(converted_block, 'many_ranks', lambda: True)
     monkeypatch.setattr(converted_block.dist, 'broadcast_object_list', lambda seed, src: seeds.append((seed[0], src)))
 
     def gradients(checkpointing):
@@ -296,7 +296,7 @@ def test_ranks_that_share_decisions_replay_them_too(monkeypatch):
 
 def test_ranks_that_decide_for_themselves_are_refused_with_synchronised_norms(monkeypatch):
     """They would wait for each other for ever."""
-    monkeypatch.setattr(converted_block, '_many_ranks', lambda: True)
+    monkeypatch.setattr(converted_block, 'many_ranks', lambda: True)
     model, x = build('resnetv2_18', norm_layer='batchnorm2d')
     convert(model, x, mode='batch', sync=False)
     block = next(iter(converted_blocks(nn.SyncBatchNorm.convert_sync_batchnorm(model)).values()))

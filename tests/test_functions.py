@@ -119,6 +119,18 @@ def test_rows_that_are_gathered_again_give_the_same_gradients_and_are_not_kept(s
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+def test_hooks_around_rows_that_are_gathered_again_see_what_else_is_kept():
+    """A counter of bytes, an offload to the host, an activation checkpoint."""
+    conv = torch.nn.Conv2d(4, 4, 1)
+    seen = []
+    with saved_tensors_hooks(lambda t: seen.append(t) or t.clone(), lambda t: t):
+        _, taken = fork(torch.randn(3, 4, 1, 1, requires_grad=True) * 1, 2, 2)
+        with gathered_again(taken), torch.autocast('cpu', torch.bfloat16):
+            conv(taken.bfloat16()).sum().backward()
+    assert [t.dtype for t in seen if t.shape == conv.weight.shape] == [torch.bfloat16]
+    assert conv.weight.grad.any()
+
+
 def test_a_weight_that_is_changed_before_backward_is_noticed():
     conv = torch.nn.Conv2d(1, 1, 1)
     shortcut, taken = fork(torch.randn(3, 1, 1, 1, requires_grad=True) * 1, 2, 2)

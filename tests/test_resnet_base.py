@@ -47,9 +47,10 @@ def test_checkpointing_gives_the_same_gradients(name, mode, entry, forwards):
         torch.testing.assert_close(gradients[key], gradients_again[key], rtol=1e-9, atol=1e-12, msg=key)
 
 
+@pytest.mark.parametrize('forwards', [1, 2])
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('name', ['sd_resnet18', 'sd_resnet20_cifar'])
-def test_features_only_models_skip_alike_with_and_without_checkpointing(name, mode):
+def test_features_only_models_skip_alike_with_and_without_checkpointing(name, mode, forwards):
     options = dict(train=True, drop_path_mode=mode, drop_path_rate=0.7, dtype=torch.float64, features_only=True)
     last = lambda model, x: model(x)[-1]  # noqa: E731
     wrapped = make(name, **options, num_classes=None)
@@ -58,9 +59,9 @@ def test_features_only_models_skip_alike_with_and_without_checkpointing(name, mo
     checkpointed = copy.deepcopy(wrapped)
     checkpointed.model.set_grad_checkpointing()
     x = images(dtype=torch.float64)
-    outs, gradients = _gradients(wrapped, last, x)
-    outs_again, gradients_again = _gradients(checkpointed, last, x)
-    outs_plain, gradients_plain = _gradients(plain, ENTRIES['forward_features'], x)
+    outs, gradients = _gradients(wrapped, last, x, forwards)
+    outs_again, gradients_again = _gradients(checkpointed, last, x, forwards)
+    outs_plain, gradients_plain = _gradients(plain, ENTRIES['forward_features'], x, forwards)
     assert torch.equal(outs[0], outs_again[0])
     assert torch.equal(outs[0], outs_plain[0])
     for key, gradient in gradients.items():
@@ -84,6 +85,22 @@ def test_every_entry_draws_once_and_skips_alike(mode, entry):
     torch.manual_seed(5)
     reference(images())
     assert forward == expected
+
+
+def test_features_do_not_share_memory_where_all_blocks_between_are_dropped():
+    """Whoever writes to one of them would change the other."""
+    model = make('sd_resnet20_cifar', train=True, features_only=True, num_classes=None)
+    model.model.draw = lambda x: [False] * 9
+    stem, first, *_ = model(images())
+    assert stem.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+    assert torch.equal(stem, first)
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_an_empty_batch_trains_as_in_timm(mode):
+    model = make('sd_resnet18', train=True, drop_path_mode=mode)
+    model(images(0)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_pruned_models_draw_for_the_blocks_that_are_left():
@@ -227,6 +244,12 @@ def test_ranks_drop_the_same_blocks_under_ddp(tmp_path):
                 assert 'SyncBatchNorm needs decisions that all ranks share' in str(error)
             else:
                 raise AssertionError('not refused')
+        if sync:  # ranks that are there anew must agree with those that were there before
+            before = model._shared_generator.get()
+            assert model._shared_generator.get() is before
+            dist.destroy_process_group()
+            dist.init_process_group('gloo', init_method=f'file://{sys.argv[1]}2', rank=int(sys.argv[2]), world_size=2)
+            assert model._shared_generator.get() is not before
         try:
             bn.layer2(torch.zeros(2, 16, 8, 8))
         except RuntimeError as error:
