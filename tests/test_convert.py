@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import sd_resnet
-from sd_resnet import converted_block
+from sd_resnet import converted_block, ranks
 from sd_resnet.convert import converted_blocks
 
 from .families import CONVERTED, REFUSED
@@ -276,7 +276,7 @@ def test_ranks_that_share_decisions_replay_them_too(monkeypatch):
     """The generator that ranks share is private, and checkpointing does not restore it."""
     seeds = []
     monkeypatch.setattr(converted_block, 'many_ranks', lambda: True)
-    monkeypatch.setattr(converted_block.dist, 'broadcast_object_list', lambda seed, src: seeds.append((seed[0], src)))
+    monkeypatch.setattr(ranks.dist, 'broadcast_object_list', lambda seed, src: seeds.append((seed[0], src)))
 
     def gradients(checkpointing):
         model, x = build(VIT)
