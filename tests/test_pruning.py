@@ -125,6 +125,15 @@ def test_what_timm_can_build_smaller_is_not(name):
     check_savable(model)
 
 
+def test_a_network_with_a_head_of_its_own_is_not_written(tmp_path):
+    """timm would build its own head."""
+    model, x = build('test_vit')
+    convert(model, x)
+    model.head = nn.Sequential(nn.Dropout(0.1), model.head)
+    with pytest.raises(ValueError, match='cannot be written'):
+        save(sd_resnet.subnetwork(model, depth=2), tmp_path / 'out')
+
+
 def test_a_pruned_resnet50_needs_no_plugin(tmp_path):
     write_run(tmp_path / 'run', 'sd_resnet50')
     write_images(tmp_path / 'images', 10, 10, 10)
