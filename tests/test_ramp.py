@@ -103,6 +103,8 @@ def test_the_state_dict_has_one_key_more_and_a_resumed_run_goes_on(name):
     resumed, resumed_drop_paths, _ = build(name, ['warmup', 4])
     resumed.load_state_dict(saved)
     assert rates(resumed, resumed_drop_paths, x, 3) == pytest.approx(EXPECTED['warmup', 4][3:])
+    resumed.drop_path_ramp.steps_done = 0  # a new training
+    assert rates(resumed, resumed_drop_paths, x, 6) == pytest.approx(EXPECTED['warmup', 4])
     plain.load_state_dict(saved)  # a network without a ramp takes it too
     resumed.load_state_dict(plain.state_dict())  # and the other way round: the count stays
     assert resumed.drop_path_ramp.steps_done == 6
