@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .convert import converted_blocks
 from .converted_block import ConvertedBlock
-from .costs import NetworkCost, drop_paths, network_cost
+from .costs import NetworkCost, drop_paths, network_cost, size_args
 from .residual_search import find_slots
 from .resnet_base import StochasticDepthNet
 from .schedules import Schedule
@@ -152,8 +152,7 @@ def grow(settings: Settings, models: Sequence[str], rates: Sequence[float], prog
         costs = {f'p_L = {1 - rate:g}': network_cost(model, settings.size, rate) for rate in rates}
         contestants = {CONSTANT: _contestants(own)[CONSTANT]}
         for name, rate in zip(costs, rates):
-            torch.manual_seed(settings.seed)
-            contestants[name] = timm.create_model(model, num_classes=10, drop_path_rate=rate)
+            contestants[name] = _contestants(replace(own, rate=rate, modes=('batch',)))[f'{model}, batch']
         constant, *rows = _measure(own, contestants, costs[name].image_size, costs.__getitem__, progress)
         for row, rate in zip(rows, rates):
             assert row.bound is not None
@@ -202,15 +201,14 @@ def _measure(
         rows[name].observed = statistics.fmean(recorded[-settings.steps :])
     for name in steps:
         repeats = settings.saved_steps if rows[name].bound not in (None, 1.0) else 1
-        for _ in range(repeats):
-            rows[name].saved_bytes.append(saved_bytes(contestants[name], forwards[name]))
+        rows[name].saved_bytes = [saved_bytes(contestants[name], forwards[name]) for _ in range(repeats)]
     return list(rows.values())
 
 
 def _contestants(settings: Settings) -> dict[str, Any]:
     def create(name: str, **kwargs: Any) -> Any:
         torch.manual_seed(settings.seed)
-        return timm.create_model(name, num_classes=10, **kwargs)
+        return timm.create_model(name, num_classes=10, **size_args(name, settings.size), **kwargs)
 
     def peer() -> Any:
         model = create(plain, drop_path_rate=settings.rate)

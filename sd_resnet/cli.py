@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__, cli_converted, cli_zoo
-from .cli_arguments import UsageError, positive
+from .cli_arguments import UsageError, output_file, positive
 
 GROWTH = ('sd_resnet50', 'sd_resnet101', 'sd_resnet152')
 
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument('--img-size', type=positive, metavar='PX', help="height and width (the model's)")
         if name == 'plot':
-            sub.add_argument('--out', type=Path, metavar='FILE', help='picture to write (MODEL.png)')
+            sub.add_argument('--out', type=output_file, metavar='FILE', help='picture to write (MODEL.png)')
 
     sub = command(
         'bench',
@@ -109,8 +109,8 @@ def _parser() -> argparse.ArgumentParser:
         '--peers', nargs='*', default=('timm', 'torchvision'), choices=('timm', 'torchvision'), help='drop paths (both)'
     )
     sub.add_argument('--others', nargs='+', default=(), metavar='NAME', help='further timm models to measure')
-    sub.add_argument('--json', type=Path, metavar='FILE', help="write every step's time")
-    sub.add_argument('--plot', type=Path, metavar='FILE', help='draw a bar chart')
+    sub.add_argument('--json', type=output_file, metavar='FILE', help="write every step's time")
+    sub.add_argument('--plot', type=output_file, metavar='FILE', help='draw a bar chart')
 
     sub = command(
         'growth',
@@ -126,8 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--size', type=positive, metavar='PX', help="height and width (the model's)")
     sub.add_argument('--steps', type=positive, default=40, metavar='N', help='of each contestant (%(default)s)')
     sub.add_argument('--device', default='cpu', help='for example cuda (%(default)s)')
-    sub.add_argument('--json', type=Path, metavar='FILE', help="write every step's time")
-    sub.add_argument('--plot', type=Path, metavar='FILE', help='draw the ratios against the share of FLOPs')
+    sub.add_argument('--json', type=output_file, metavar='FILE', help="write every step's time")
+    sub.add_argument('--plot', type=output_file, metavar='FILE', help='draw the ratios against the share of FLOPs')
 
     cli_zoo.add_commands(command)
     cli_converted.add_commands(command)
@@ -208,8 +208,10 @@ def _plot(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from . import bench
+    from . import bench, plots
 
+    if args.plot:
+        plots.figure_class()
     settings = bench.Settings(
         model=args.model,
         batch=args.batch,
@@ -231,23 +233,21 @@ def _bench(args: argparse.Namespace) -> None:
     if args.json:
         bench.save_record(settings, rows, args.json)
     if args.plot:
-        from .plots import plot_bench
-
-        plot_bench(settings, rows, args.plot)
+        plots.plot_bench(settings, rows, args.plot)
 
 
 def _growth(args: argparse.Namespace) -> None:
-    from . import bench
+    from . import bench, plots
 
+    if args.plot:
+        plots.figure_class()
     settings = bench.Settings(batch=args.batch, size=args.size, steps=args.steps, device=args.device)
     rows = bench.grow(settings, args.models, [1 - p for p in args.survival])
     print(bench.growth_table(settings, rows))
     if args.json:
         bench.save_record(settings, rows, args.json)
     if args.plot:
-        from .plots import plot_growth
-
-        plot_growth(settings, rows, args.plot)
+        plots.plot_growth(settings, rows, args.plot)
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from .cli_arguments import positive
+from .cli_arguments import output_file, positive
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -28,7 +28,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument('--schedule', choices=('uniform', 'linear', 'timm'), help="(the model's)")
     sub.add_argument('--steps', type=positive, default=40, metavar='N', help='of each contestant (%(default)s)')
     sub.add_argument('--device', default='cpu', help='for example cuda (%(default)s)')
-    sub.add_argument('--json', type=Path, metavar='FILE', help="write every step's time")
+    sub.add_argument('--json', type=output_file, metavar='FILE', help="write every step's time")
 
     sub = command(
         'prune',
@@ -47,8 +47,8 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         '--images', type=positive, default=1000, metavar='N', help='training images to choose on (%(default)s)'
     )
     sub.add_argument('--out', type=Path, metavar='DIR', help="write the first model's smallest network to a new folder")
-    sub.add_argument('--json', type=Path, metavar='FILE', help='write all figures')
-    sub.add_argument('--plot', type=Path, metavar='FILE', help='draw error against FLOPs and latency')
+    sub.add_argument('--json', type=output_file, metavar='FILE', help='write all figures')
+    sub.add_argument('--plot', type=output_file, metavar='FILE', help='draw error against FLOPs and latency')
 
 
 def _sweep(args: argparse.Namespace) -> None:
@@ -64,23 +64,26 @@ def _sweep(args: argparse.Namespace) -> None:
 
 
 def _prune(args: argparse.Namespace) -> None:
-    from . import pruning
+    from . import plots, pruning
 
     if args.out and args.out.exists():
         raise FileExistsError(f'{args.out} exists; remove it, or choose another folder')
+    if args.plot:
+        plots.figure_class()
+    models = [pruning.load(source) for source in args.models]
+    if args.out:
+        pruning.check_savable(models[0])
     pruned = []
-    for source in args.models:
+    for source, model in zip(args.models, models):
         name = Path(source).name if Path(source).is_dir() else source
-        pruned.append(pruning.prune(pruning.load(source), name, args.data, args.share, args.images))
+        pruned.append(pruning.prune(model, name, args.data, args.share, args.images))
     records = [record for record, _ in pruned]
     networks = [network for _, own in pruned for network in own]
     pruning.measure_latency([point for record in records for point in record.points], networks)
     print(pruning.table(records))
+    if args.out:
+        print(f'\nwrote {args.out}; load it with {pruning.save(pruned[0][1][-1], args.out)}')
     if args.json:
         pruning.save_record(records, args.json)
     if args.plot:
-        from .plots import plot_pruning
-
-        plot_pruning(records, args.plot)
-    if args.out:
-        print(f'\nwrote {args.out}; load it with {pruning.save(pruned[0][1][-1], args.out)}')
+        plots.plot_pruning(records, args.plot)

@@ -10,7 +10,7 @@ from torch import nn
 
 from .converted_block import BlockDropPath, ConvertedBlock, Draws, converted_class
 from .ramp import as_ramp
-from .residual_search import Found, search
+from .residual_search import Found, copy_without_data, search
 from .schedules import Schedule, survival_probs
 from .stochastic_depth import check_settings
 
@@ -65,18 +65,20 @@ def convert(
     check_settings(1.0, mode, 'train')
     first = next(model.parameters(), None)
     new_ramp = as_ramp(ramp, None if first is None else first.device)
-    unconvert(model)
-    found, left_alone = search(model, _input_size(model) if input_size is None else input_size)
+    plain = copy_without_data(model)  # a model that is converted already stays so if anything fails
+    unconvert(plain)
+    found, left_alone = search(plain, own_input_size(model) if input_size is None else input_size)
     name = type(model).__name__
     if not found:
         reasons = '; '.join(f'{name}: {reason}' for name, reason in list(left_alone.items())[:3])
         raise ValueError(f'{name} has no residual block that can be skipped ({reasons or "it holds no drop path"})')
     probs = _survival_probs(found, drop_path_rate, schedule)
 
+    unconvert(model)
     draws = Draws(sync, new_ramp)
     modules = dict(model.named_modules())
     drop_paths = []
-    for index, (block, p_l) in enumerate(zip(found, probs)):
+    for block, p_l in zip(found, probs):
         module: Any = modules[block.name]
         drop_path = BlockDropPath(p_l, mode, 'train').train(module.training)
         drop_path.network_drops = min(probs) < 1
@@ -86,7 +88,6 @@ def convert(
             stochastic_depth=drop_path,
             draws=draws,
             ends_in_relu=block.relu,
-            counts_steps=index == 0 and new_ramp is not None,
             plain_slots=[(holder, slot, getattr(holder, slot)) for holder, slot in slots],
         )
         for place, (holder, slot) in enumerate(slots):
@@ -96,6 +97,7 @@ def convert(
         drop_paths.append(drop_path)
     if new_ramp is not None:
         new_ramp.govern(drop_paths)
+        draws.counting = [modules[block.name] for block in found]
         model.add_module(RAMP, new_ramp)
     model.register_load_state_dict_pre_hook(_without_ramp)
     return Conversion({block.name: p_l for block, p_l in zip(found, probs)}, left_alone)
@@ -135,7 +137,8 @@ def _survival_probs(found: Sequence[Found], rate: float | None, schedule: Schedu
     return tuple(1 - r for r in own)
 
 
-def _input_size(model: Any) -> tuple[int, int, int]:
+def own_input_size(model: Any) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a network is built for."""
     config = getattr(model, 'pretrained_cfg', None)
     if not config or 'input_size' not in config:
         raise ValueError(f'input_size must be given for {type(model).__name__}, which does not state its own')

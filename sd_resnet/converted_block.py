@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .compiling import forward_by_mode, outside_compiler, own_code
 from .functions import put_rows, skip, take_rows
-from .ramp import DropPathRamp
+from .ramp import DropPathRamp, check_scriptable
 from .ranks import SharedGenerator, many_ranks
 from .stochastic_depth import Decision, StochasticDepth, draw_per_batch, draw_per_sample, rows_of, scriptable_copy
 
@@ -38,16 +38,20 @@ class Draws:
 
     A block draws when it runs, from torch's default CPU generator, which activation checkpointing restores for its
     second forward pass. What is not drawn from there, because ranks share it or a ramp has moved on by then, is
-    remembered under a ticket that is: a ticket that was seen before tells a second forward pass.
+    remembered under a ticket that is, for the second forward pass, which runs inside a backward pass.
 
     Args:
         sync: In batch mode all ranks of a distributed training drop the same blocks.
         ramp: Of the network.
+
+    Attributes:
+        counting: With a ramp the network's blocks in order; the first that trains counts the steps.
     """
 
     def __init__(self, sync: bool, ramp: DropPathRamp | None) -> None:
         self.sync = sync
         self.ramp = ramp
+        self.counting: list[ConvertedBlock] = []
         self._generator = SharedGenerator()
         self._remembered: OrderedDict[int, tuple[float, Decision]] = OrderedDict()
 
@@ -65,8 +69,10 @@ class Draws:
             return drop_path.p_l, self._draw(drop_path, x, None)
 
         ticket = int(torch.randint(2**63 - 1, (), device='cpu'))
-        known = self._remembered.get(ticket)
-        if known is None and self.ramp is not None and block.counts_steps:
+        # The ticket alone does not tell: who seeds anew in every epoch meets it again
+        recomputed = torch._C._current_graph_task_id() != -1
+        known = self._remembered.get(ticket) if recomputed else None
+        if not recomputed and self.ramp is not None and block.counts_steps:
             self.ramp.advance()
         p_l, decision = known or (drop_path.p_l, None)
         if p_l < 1 and not (shared and known):  # what comes from the default generator is drawn in both passes
@@ -74,6 +80,7 @@ class Draws:
             decision = decision if known else drawn
         if known is None:
             self._remembered[ticket] = p_l, decision
+            self._remembered.move_to_end(ticket)
             if len(self._remembered) > _REMEMBERED:
                 self._remembered.popitem(last=False)
         return p_l, decision
@@ -95,7 +102,6 @@ class ConvertedBlock(nn.Module):
         stochastic_depth: Survival probability and mode; a child of the block under the name of a drop path.
         draws: Shared with the network's other blocks.
         ends_in_relu: After the addition.
-        counts_steps: Is it the first block of a network with a ramp?
         plain_slots: (module, name, child) of every drop path that the block had.
     """
 
@@ -105,8 +111,12 @@ class ConvertedBlock(nn.Module):
         stochastic_depth: StochasticDepth
         draws: Draws
         ends_in_relu: bool
-        counts_steps: bool
         plain_slots: list[tuple[nn.Module, str, nn.Module | None]]
+
+    @property
+    def counts_steps(self) -> bool:
+        """Does a step of a network with a ramp begin here?"""
+        return next((block for block in self.draws.counting if block.training), None) is self
 
     def decides_per_batch(self) -> bool:
         """Does it train, and decide for the whole mini-batch, or for all that follow?"""
@@ -179,7 +189,16 @@ class ConvertedBlock(nn.Module):
         if rows >= batch or (rows == 1 and any(isinstance(module, _BatchNorm) for module in self.modules())):
             return self._forward_plain(x, args, kwargs)
         x, x_rows = take_rows(x, decision, rows)
-        y_rows = _scaled(x_rows, self.plain_class.forward(self, x_rows, *args, **kwargs), batch / rows)
+        try:
+            y_rows = _scaled(x_rows, self.plain_class.forward(self, x_rows, *args, **kwargs), batch / rows)
+        except RuntimeError as error:
+            further = (*args, *kwargs.values())
+            if not any(isinstance(value, Tensor) and value.shape[:1] == (batch,) for value in further):
+                raise
+            raise RuntimeError(
+                f'{self.plain_class.__name__} failed on {rows} of {batch} images; if it takes an argument for each '
+                f"image, use drop_path_mode='batch': {error}"
+            ) from error
         return put_rows(x.to(y_rows.dtype), y_rows, decision, relu=self.ends_in_relu)
 
     def check_ranks(self) -> None:
@@ -204,12 +223,13 @@ class ConvertedBlock(nn.Module):
             if child is None:  # it was no child
                 delattr(holder, name)
             setattr(holder, name, child if child is None else child.train(self.training))
-        for name in ('stochastic_depth', 'draws', 'ends_in_relu', 'counts_steps', 'plain_slots'):
+        for name in ('stochastic_depth', 'draws', 'ends_in_relu', 'plain_slots'):
             del self.__dict__[name]
         self.__class__ = self.plain_class
 
     def __prepare_scriptable__(self) -> nn.Module:
         """TorchScript sees the block's own class, with timm's drop path at the block's rate."""
+        check_scriptable(self.draws.ramp, self.training)
         plain: Any = scriptable_copy(self)
         rate = 1 - plain.stochastic_depth.p_l
         for index, (holder, name, _) in enumerate(plain.plain_slots):

@@ -10,6 +10,7 @@ from timm.models import (
     get_arch_pretrained_cfgs,
     get_pretrained_cfg_value,
     is_model,
+    is_model_in_modules,
     model_entrypoint,
     register_model,
 )
@@ -51,13 +52,18 @@ def register(name: str) -> str:
         The new name.
 
     Raises:
-        ValueError: timm has no such model, or it is one of this package.
+        ValueError: timm has no such model, or this package has its own.
     """
-    if name.startswith('sd_') or '.' in name or not is_model(name):
+    if not isinstance(name, str) or name.startswith('sd_') or '.' in name or not is_model(name):
         raise ValueError(f'name must be a model of timm, without tag, for example vit_tiny_patch16_224, got {name!r}')
     if not is_model(f'sd_{name}'):
         default_cfgs.update(_cfgs(name))
         register_model(_entrypoint(name))
+    elif not is_model_in_modules(f'sd_{name}', 'converted_models'):
+        raise ValueError(
+            f'name must be a model that sd_resnet has no network of its own for, got {name!r}: use sd_{name} as it is, '
+            f'or sd_resnet.convert(model)'
+        )
     return f'sd_{name}'
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import get_pretrained_cfg
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -90,8 +91,15 @@ def network_cost(
     if architecture.split('.')[0] not in names:
         raise ValueError(f'model must be one of {", ".join(names)}, got {architecture!r}')
     with torch.device('meta'):
-        model: Any = timm.create_model(architecture, drop_path_rate=drop_path_rate, drop_path_schedule=schedule)
+        size = size_args(architecture, image_size)
+        model: Any = timm.create_model(architecture, drop_path_rate=drop_path_rate, drop_path_schedule=schedule, **size)
     return model_cost(model, image_size or model.default_cfg['input_size'][-1])
+
+
+def size_args(architecture: str, image_size: int | None) -> dict[str, Any]:
+    """What builds a network for images of `image_size`, where it takes those of one size only."""
+    cfg = get_pretrained_cfg(architecture)
+    return {'img_size': image_size} if image_size and cfg and cfg.fixed_input_size else {}
 
 
 def model_cost(model: Any, image_size: int) -> NetworkCost:
@@ -140,19 +148,20 @@ def _collect(architecture: str, size: int, model: nn.Module, counter: FlopCounte
 
 def cost_table(cost: NetworkCost) -> str:
     """The table that `sd-resnet info` prints."""
+    width = max([12, *(len(block.name) + 1 for block in cost.blocks)])
     lines = [
         f'{cost.architecture}, {cost.image_size} x {cost.image_size} px, one image, one forward pass',
         '',
-        f'{"block":<12}{"p_l":>8}{"parameters":>14}{"branch MFLOPs":>16}{"shortcut MFLOPs":>18}',
+        f'{"block":<{width}}{"p_l":>8}{"parameters":>14}{"branch MFLOPs":>16}{"shortcut MFLOPs":>18}',
     ]
     for block in cost.blocks:
         lines.append(
-            f'{block.name:<12}{block.survival_prob:>8.4f}{block.parameters:>14,}'
+            f'{block.name:<{width}}{block.survival_prob:>8.4f}{block.parameters:>14,}'
             f'{block.branch_flops / 1e6:>16,.1f}{block.shortcut_flops / 1e6:>18,.1f}'
         )
     lines += [
-        f'{"stem, head":<12}{"":>8}{cost.other_parameters:>14,}{"":>16}{cost.other_flops / 1e6:>18,.1f}',
-        f'{"all":<12}{"":>8}{cost.parameters:>14,}{cost.flops / 1e6:>34,.1f}',
+        f'{"stem, head":<{width}}{"":>8}{cost.other_parameters:>14,}{"":>16}{cost.other_flops / 1e6:>18,.1f}',
+        f'{"all":<{width}}{"":>8}{cost.parameters:>14,}{cost.flops / 1e6:>34,.1f}',
         '',
         f'blocks                    {len(cost.blocks)}',
         f'expected depth            {cost.expected_depth:.2f} blocks',

@@ -161,9 +161,14 @@ def write_repository(
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
-        ValueError: The run's files do not belong together.
+        ValueError: The run's files do not belong together, or its network is timm's, converted.
         VerificationError: What was written does not load; it is not left behind.
     """
+    if run.converted:
+        raise ValueError(
+            f"{run.name} is timm's network, and this publishes the package's own; publish it with timm's "
+            'push_to_hf_hub(sd_resnet.pruning.load(RUN), REPO)'
+        )
     trained: Any = run.model()
     model: Any = trained
     if plain:

@@ -25,8 +25,8 @@ METHODS = {
 }
 
 
-def new_figure(columns: int, height: float = 3.6, rows: int = 1) -> tuple[Any, Any]:
-    """A figure of README width and its axes.
+def figure_class() -> Any:
+    """matplotlib's `Figure`; called before long work that ends in a picture, too.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing; the message says how to install it.
@@ -35,7 +35,12 @@ def new_figure(columns: int, height: float = 3.6, rows: int = 1) -> tuple[Any, A
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('matplotlib is needed to draw: pip install "sd-resnet[plot]"') from error
-    figure = Figure(figsize=(9.6, height), dpi=150, layout='constrained')
+    return Figure
+
+
+def new_figure(columns: int, height: float = 3.6, rows: int = 1) -> tuple[Any, Any]:
+    """A figure of README width and its axes."""
+    figure = figure_class()(figsize=(9.6, height), dpi=150, layout='constrained')
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.spines[['top', 'right']].set_visible(False)

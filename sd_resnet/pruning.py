@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,17 +16,20 @@ import timm
 import torch
 from timm.data import create_dataset, create_loader, resolve_model_data_config
 from timm.models import save_for_hf
+from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Subset
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import Compose
 from tqdm import tqdm
 
+from .convert import own_input_size
+from .datasets import LABELS, NAME, RAW
 from .records import read_run
 from .residual_search import copy_without_data
 from .subnetworks import Removable, blocks_of, subnetwork
 
-FASHION_MNIST = Path('FashionMNIST') / 'raw'  # torchvision's layout
 BATCH = 250
 TEST_IMAGES = 10**9  # all
 STATISTICS_IMAGES = 500
@@ -79,7 +83,7 @@ def load(source: str) -> Any:
 
     Raises:
         RuntimeError: There are no such weights.
-        ValueError: The folder's network is not of this package, or damaged.
+        ValueError: The folder's network is not of this package nor converted, or damaged.
     """
     if Path(source).is_dir():
         return read_run(Path(source)).model()
@@ -107,17 +111,18 @@ def prune(
 
     Raises:
         FileNotFoundError: There is no data set in `data`.
-        ValueError: `share` is not in (0, 1), or cannot be reached.
+        ValueError: `share` is not in (0, 1), or cannot be reached, or the model has another number of classes.
     """
     if not 0 < share < 1:
         raise ValueError(f'share must be between 0 and 1, got {share!r}')
     blocks = blocks_of(model)
-    size = _input_size(model)
+    size = own_input_size(model)
     branches = _branch_flops(model, blocks, size)
     if sum(branches[index] for index in blocks.fixed) > share * sum(branches):
         least = sum(branches[index] for index in blocks.fixed) / sum(branches)
         raise ValueError(f'share must be at least {least:.3f}, what blocks that change the shape need, got {share!r}')
-    held_out, statistics_images = _training_images(model, data, images)
+    training_images, test_images = _split(model, name, data, 'train'), _split(model, name, data, 'test')
+    held_out, statistics_images = _training_images(model, training_images, images)
 
     def measured(kept: set[int], removed: str) -> tuple[Point, Any]:
         network = subnetwork(model, keep=sorted(kept))
@@ -140,7 +145,7 @@ def prune(
             kept = set(point.kept)
             record.points.append(point)
             networks.append(network)
-    test = list(_loader(model, _split(data, 'test'), range(TEST_IMAGES)))
+    test = _batches(model, test_images, range(TEST_IMAGES))
     for place in (0, -1):
         record.points[place].test_error = error_and_loss(networks[place], test)[0]
     return record, networks
@@ -186,7 +191,7 @@ def forward_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
 
 def measure_latency(points: Sequence[Point], networks: Sequence[nn.Module]) -> None:
     """All networks take turns, so that a noisy machine hits them alike."""
-    inputs = [torch.randn(1, *_input_size(network)) for network in networks]
+    inputs = [torch.randn(1, *own_input_size(network), dtype=_dtype(network)) for network in networks]
     seconds: list[list[float]] = [[] for _ in points]
     with torch.no_grad():
         for turn in range(LATENCY_RUNS + 3):
@@ -199,14 +204,30 @@ def measure_latency(points: Sequence[Point], networks: Sequence[nn.Module]) -> N
         point.latency = 1000 * statistics.median(times)
 
 
+def check_savable(model: Any) -> None:
+    """Refuse before a search what `save` would refuse after it.
+
+    Args:
+        model: Of this package, or converted.
+
+    Raises:
+        ValueError: timm cannot build a smaller one of its kind.
+    """
+    blocks = blocks_of(model)
+    kept = set(range(len(blocks.names)))
+    _check_rebuilds(subnetwork(model, keep=sorted(kept - {max(kept - blocks.fixed, default=-1)})))
+
+
 def save(network: Any, out: Path) -> str:
     """Write a network as a folder that timm loads, and say how.
 
     Raises:
         FileExistsError: `out` exists.
+        ValueError: timm cannot build a network of this size.
     """
     if out.exists():
         raise FileExistsError(f'{out} exists; remove it, or choose another folder')
+    _check_rebuilds(network)
     save_for_hf(network, str(out), model_args=network._model_args, safe_serialization=True)
     plugin = ' with the plugin' if network.pretrained_cfg['architecture'].startswith('sd_') else ', no plugin needed'
     return f"timm.create_model('local-dir:{out}', pretrained=True){plugin}"
@@ -215,13 +236,14 @@ def save(network: Any, out: Path) -> str:
 def table(records: Sequence[Pruning]) -> str:
     """The table that `sd-resnet prune` prints."""
     lines = []
+    width = max([16, *(len(name) + 2 for record in records for name in record.blocks)])
     for record in records:
         lines += [
             f'{record.model}: {len(record.blocks)} blocks, chosen on {record.images} held-out training images',
-            f'{"blocks":>7}{"removed":>16}{"MFLOPs":>10}{"branches":>10}{"ms":>8}{"held out %":>12}{"test %":>8}',
+            f'{"blocks":>7}{"removed":>{width}}{"MFLOPs":>10}{"branches":>10}{"ms":>8}{"held out %":>12}{"test %":>8}',
         ]
         lines += [
-            f'{len(p.kept):>7}{p.removed:>16}{p.flops / 1e6:>10.1f}{p.branch_share:>10.3f}{p.latency:>8.2f}'
+            f'{len(p.kept):>7}{p.removed:>{width}}{p.flops / 1e6:>10.1f}{p.branch_share:>10.3f}{p.latency:>8.2f}'
             f'{p.held_out_error:>12.2f}{"-" if p.test_error is None else format(p.test_error, ".2f"):>8}'
             for p in record.points
         ]
@@ -244,32 +266,56 @@ def _branch_flops(model: nn.Module, blocks: Removable, input_size: tuple[int, ..
     return [flops[name] - flops.get(f'{name}.downsample', 0) for name in blocks.names]
 
 
-def _input_size(model: Any) -> tuple[int, ...]:
-    return resolve_model_data_config(model)['input_size']
+def _check_rebuilds(network: Any) -> None:
+    """Refuse a network of which timm builds another one, or none, from the configuration that `save` writes."""
+    try:
+        with tempfile.TemporaryDirectory() as folder, torch.device('meta'):
+            save_config_for_hf(network, f'{folder}/config.json', model_args=network._model_args)
+            again = timm.create_model(f'local-dir:{folder}')
+        same = _shapes(again) == _shapes(network)
+    except Exception:  # whatever a constructor raises for arguments that are not its own
+        same = False
+    if not same:
+        raise ValueError(
+            f'a {type(network).__name__} of other size cannot be written: timm builds none from a configuration; leave '
+            '--out away, or take the network itself from sd_resnet.subnetwork'
+        )
 
 
-def _split(data: Path, split: str) -> Any:
-    if (data / FASHION_MNIST).is_dir():
-        return create_dataset('torch/fashion_mnist', root=str(data), split=split)
-    folder = {'train': 'train', 'test': 'validation'}[split]
-    if not (data / folder).is_dir():
-        raise FileNotFoundError(f'{data} holds neither {FASHION_MNIST} nor a folder "{folder}" of images')
-    return create_dataset('', root=str(data), split=folder)
+def _shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}
 
 
-def _training_images(model: Any, data: Path, images: int) -> tuple[Any, Any]:
+def _split(model: Any, name: str, data: Path, split: str) -> Any:
+    """The images, and labels that the model can tell apart."""
+    if (data / RAW).is_dir():
+        dataset, classes = create_dataset(NAME, root=str(data), split=split), len(LABELS)
+    else:
+        folder = {'train': 'train', 'test': 'validation'}[split]
+        if not (data / folder).is_dir():
+            raise FileNotFoundError(f'{data} holds neither {RAW} nor a folder "{folder}" of images')
+        dataset = create_dataset('', root=str(data), split=folder)
+        classes = len(dataset.reader.class_to_idx)
+    if model.num_classes != classes:
+        raise ValueError(f'{name} has {model.num_classes} classes, the {split} images in {data} have {classes}')
+    return dataset
+
+
+def _training_images(model: Any, dataset: Any, images: int) -> tuple[Any, Any]:
     """Two disjoint parts of the training images, chosen by a fixed seed: held out, and for BatchNorm's statistics."""
-    dataset = _split(data, 'train')
-    if len(dataset) < 2:
-        raise ValueError(f'{data} holds {len(dataset)} training images, at least 2 are needed')
+    if len(dataset) < 3:
+        raise ValueError(f'data must hold at least 3 training images, got {len(dataset)}')
     count = min(images, len(dataset) // 2)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
-    held_out, rest = order[:count], order[count:][:STATISTICS_IMAGES]
-    return list(_loader(model, copy.copy(dataset), held_out)), list(_loader(model, copy.copy(dataset), rest))
+    rest = order[count:][:STATISTICS_IMAGES]
+    even = len(rest) // BATCH * BATCH or len(rest)  # a smaller last batch would count as much as the others
+    return _batches(model, dataset, order[:count]), _batches(model, dataset, rest[:even])
 
 
-def _loader(model: Any, dataset: Any, part: Sequence[int]) -> Any:
-    """Batches with the preprocessing of the model's configuration."""
+def _batches(model: Any, dataset: Any, part: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """With the preprocessing of the model's configuration, grey or coloured as the model takes them."""
+    size = own_input_size(model)
+    dataset = copy.copy(dataset)
     loader = create_loader(
         dataset,
         batch_size=BATCH,
@@ -278,6 +324,13 @@ def _loader(model: Any, dataset: Any, part: Sequence[int]) -> Any:
         num_workers=0,
         persistent_workers=False,
         device=torch.device('cpu'),
-        **resolve_model_data_config(model),
+        **{**resolve_model_data_config(model), 'input_size': size},
     )  # timm gives the data set its transform
-    return torch.utils.data.DataLoader(Subset(loader.dataset, part[: len(dataset)]), batch_size=BATCH)
+    colours = 'L' if size[0] == 1 else 'RGB'
+    dataset.transform = Compose([lambda image: image.convert(colours), dataset.transform])
+    batches = torch.utils.data.DataLoader(Subset(loader.dataset, part[: len(dataset)]), batch_size=BATCH)
+    return [(x.to(_dtype(model)), y) for x, y in batches]
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype

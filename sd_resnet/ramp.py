@@ -20,9 +20,10 @@ KINDS = ('warmup', 'early', 'late')
 class DropPathRamp(nn.Module):
     """Multiplies every block's rate, 1 - p_l, by a factor that depends on the number of training steps so far.
 
-    A step is one forward pass of the network in training mode. The state dict holds their number as one scalar,
-    `step`, which is how it survives timm's `--resume`. The Python number `steps_done` alone decides, so that no step
-    waits for a device; the scalar is written at every step and read when a state dict is loaded.
+    A step is one forward pass of the network in training mode; of a converted one, of its first block that trains.
+    The state dict holds their number as one scalar, `step`, which is how it survives timm's `--resume`. The number
+    `steps_done` alone decides, so that no step waits for a device; the scalar is written at every step and read when a
+    state dict is loaded. Who starts anew from such weights drops the key, or sets `steps_done` to 0.
 
     Args:
         kind: `'warmup'`, from 0 up to the whole rate in equal steps; `'early'`, on, then off; `'late'`, off, then on.
@@ -112,6 +113,19 @@ def as_ramp(value: Any, device: Any = None) -> DropPathRamp | None:
         raise ValueError(_message(value))
     kind, steps = value
     return DropPathRamp(kind, steps, device)
+
+
+def check_scriptable(ramp: DropPathRamp | None, training: bool) -> None:
+    """Raise where TorchScript would freeze the rate of the step that comes next.
+
+    Raises:
+        ValueError: A network with a ramp is scripted to train.
+    """
+    if ramp is not None and training:
+        raise ValueError(
+            f'drop_path_ramp must be None where a network is scripted to train, got {ramp}: TorchScript would freeze '
+            'the rate; train without torch.jit.script'
+        )
 
 
 def _message(value: Any) -> str:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import timm
 import yaml
 from timm.data import resolve_data_config
-from timm.models import get_pretrained_cfg, parse_model_name
+from timm.models import get_pretrained_cfg, is_model_in_modules, parse_model_name
 from timm.utils.misc import natural_key
 from torch import nn
 
@@ -67,6 +68,11 @@ class Run:
         cfg = get_pretrained_cfg(name)
         return cfg.hf_hub_id if cfg else None
 
+    @property
+    def converted(self) -> bool:
+        """Is it one of timm's models under a `sd_` name?"""
+        return is_model_in_modules(self.name, 'converted_models')
+
     def model(self) -> nn.Module:
         """The trained network, in evaluation mode, with the run's preprocessing as its configuration.
 
@@ -74,16 +80,22 @@ class Run:
             ValueError: The checkpoint does not belong to the run's arguments, or the model is not of this package.
         """
         state_dict = {k: v for k, v in self.checkpoint.state_dict.items() if '.aux_bn.' not in k}  # of split-bn
-        model: Any = build(self.name, state_dict, self.model_args)
-        if StochasticDepthNet not in type(model).mro():
-            raise ValueError(f'{self.name} is a {type(model).__name__}, not a model of this package')
+        if self.converted:
+            in_chans = self.args.get('in_chans') or (self.args.get('input_size') or [None])[0]
+            given = {'num_classes': self.args.get('num_classes'), 'in_chans': in_chans, **self.model_args}
+            model: Any = timm.create_model(self.name, **given)
+        else:
+            model = build(self.name, state_dict, self.model_args)
+            if StochasticDepthNet not in type(model).mro():
+                raise ValueError(f'{self.name} is a {type(model).__name__}, not a model of this package')
         try:
             model.load_state_dict(state_dict)
         except RuntimeError as error:
             reason = ' '.join(str(error).split())[:200]
             raise ValueError(f'{self.file} does not fit the model of args.yaml, {self.name}: {reason}') from error
         # Nothing else of the architecture's own configuration is true of these weights: neither its source nor licence.
-        own = {key: model.pretrained_cfg[key] for key in ('architecture', 'first_conv', 'classifier')}
+        kept = ('architecture', 'first_conv', 'classifier', 'fixed_input_size')
+        own = {key: model.pretrained_cfg[key] for key in kept if model.pretrained_cfg.get(key)}
         model.pretrained_cfg = {**own, **resolve_data_config(self.args, model=model), 'num_classes': model.num_classes}
         model.default_cfg = model.pretrained_cfg
         return model.eval()
@@ -106,8 +118,12 @@ def read_run(folder: Path, checkpoint: str | None = None, use_ema: bool = True) 
         raise FileNotFoundError(f"{folder} holds no args.yaml: a run folder is what timm's train.py writes")
     args = _read_args(folder / 'args.yaml')
     name = str(args.get('model'))
-    if ':' not in name and name.split('.')[0] not in architectures():  # what a source holds is seen when it is built
-        raise ValueError(f'{folder / "args.yaml"}: model must be one of {", ".join(architectures())}, got {name!r}')
+    ours = name.split('.')[0] in architectures() or is_model_in_modules(name, 'converted_models')
+    if not ours and ':' not in name:  # what a source holds is seen when it is built
+        raise ValueError(
+            f"{folder / 'args.yaml'}: model must be one of {', '.join(architectures())} or timm's under sd_ names, "
+            f'got {name!r}'
+        )
     path = _checkpoint_path(folder, checkpoint)
     read = read_checkpoint(path, use_ema)
     epochs = _read_epochs(folder / 'summary.csv')

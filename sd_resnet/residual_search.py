@@ -173,26 +173,33 @@ def _trial_run(
         modules[name].register_forward_pre_hook(before, with_kwargs=True)
         modules[name].register_forward_hook(after, with_kwargs=True)
     try:
-        twin.eval()(torch.zeros(BATCH, *input_size, device='meta', requires_grad=True))
+        with torch.inference_mode(False), torch.enable_grad():
+            twin.eval()(torch.zeros(BATCH, *input_size, device='meta', requires_grad=True))
     except Exception as error:
         size = ' x '.join(map(str, input_size))
         raise RuntimeError(
-            f'{type(model).__name__} could not be tried on images of {size}, so its residual blocks were not found: '
-            f'{error}'
+            f'{type(model).__name__} could not be tried on images of {size}, so its residual blocks were not found; a '
+            f'whole network is needed, and the size of its images: {error}'
         ) from error
     return calls, used
 
 
 def copy_without_data(model: nn.Module) -> nn.Module:
-    """A copy on the `meta` device, without a copy of the data on the way; its parameters take no gradient."""
+    """A float32 copy on the `meta` device, without a copy of the data on the way; its parameters take no gradient."""
+
+    def like(tensor: Tensor) -> Tensor:
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        return torch.empty_like(tensor, device='meta', dtype=dtype)
+
     memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device='meta'), requires_grad=False)
-    for module in model.modules():
-        for tensor in (*module._buffers.values(), *vars(module).values()):
-            if isinstance(tensor, Tensor):
-                memo[id(tensor)] = torch.empty_like(tensor, device='meta')
-    return copy.deepcopy(model, memo)
+    with torch.inference_mode(False):
+        for parameter in model.parameters():
+            memo[id(parameter)] = nn.Parameter(like(parameter), requires_grad=False)
+        for module in model.modules():
+            for tensor in (*module._buffers.values(), *vars(module).values()):
+                if isinstance(tensor, Tensor):
+                    memo[id(tensor)] = like(tensor)
+        return copy.deepcopy(model, memo)
 
 
 def _judge(calls: list[_Call]) -> bool | str:

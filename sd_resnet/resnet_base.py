@@ -12,7 +12,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .compiling import outside_compiler
-from .ramp import as_ramp
+from .ramp import as_ramp, check_scriptable
 from .ranks import SharedGenerator, many_ranks
 from .resnet_blocks import ResidualBlock, Stage
 from .schedules import Schedule, expected_depth, survival_probs
@@ -229,6 +229,7 @@ class StochasticDepthNet(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __prepare_scriptable__(self) -> nn.Module:
+        check_scriptable(self.drop_path_ramp, self.training)
         return scriptable_copy(self)
 
 

@@ -67,7 +67,8 @@ def subnetwork(model: nn.Module, keep: Sequence[int] | None = None, depth: int |
     statistics of BatchNorm are those of the whole network: estimate them anew where there are any.
 
     For ResNets, ViT and ConvNeXt, `_model_args` holds what `timm.create_model` builds a network of that size with. Of
-    others only the object is there: Swin's blocks, for example, are not alike, and a shorter Swin shifts others.
+    others only the object is there, without it: Swin's blocks, for example, are not alike, and a shorter Swin shifts
+    others.
 
     Args:
         model: A model of this package, or a converted one.
@@ -88,8 +89,9 @@ def subnetwork(model: nn.Module, keep: Sequence[int] | None = None, depth: int |
     else:
         small = copy.deepcopy(model)
         unconvert(small)
-        cfg = small.pretrained_cfg
-        small.pretrained_cfg = small.default_cfg = {**cfg, 'architecture': cfg['architecture'].removeprefix('sd_')}
+        cfg = getattr(small, 'pretrained_cfg', None)
+        if cfg:
+            small.pretrained_cfg = small.default_cfg = {**cfg, 'architecture': cfg['architecture'].removeprefix('sd_')}
         for module in small.modules():
             if isinstance(module, DropPath):
                 module.drop_prob = 0.0
@@ -100,8 +102,10 @@ def subnetwork(model: nn.Module, keep: Sequence[int] | None = None, depth: int |
             if not (isinstance(parent, nn.Sequential | nn.ModuleList) and place.isdecimal()):
                 raise ValueError(f'block {blocks.names[index]} is not one of a sequence and cannot be removed')
             del parent[int(place)]
-    args = {k: v for k, v in getattr(small, '_model_args', {}).items() if not k.startswith('drop_path')}
-    small._model_args = {**args, **_size_args(small)}
+    args = small.__dict__.pop('_model_args', {})
+    size_args = _size_args(small)
+    if size_args is not None:
+        small._model_args = {**{k: v for k, v in args.items() if not k.startswith('drop_path')}, **size_args}
     return small
 
 
@@ -123,7 +127,7 @@ def _kept(blocks: Removable, keep: Sequence[int] | None, depth: int | None) -> s
     return set(fixed) | {free[(2 * place + 1) * len(free) // (2 * wanted)] for place in range(wanted)}
 
 
-def _size_args(small: Any) -> dict[str, Any]:
+def _size_args(small: Any) -> dict[str, Any] | None:
     """The arguments that build a network of this size, where timm's architecture takes such and is then the same."""
     if isinstance(small, StochasticCifarResNet):
         return {'blocks_per_stage': [len(getattr(small, name)) for name in small.stage_names], 'drop_path_rate': 0.0}
@@ -133,4 +137,4 @@ def _size_args(small: Any) -> dict[str, Any]:
         return {'depth': len(small.blocks)}
     if isinstance(small, ConvNeXt):
         return {'depths': [len(stage.blocks) for stage in small.stages]}  # type: ignore[arg-type]
-    return {}
+    return None

@@ -8,11 +8,11 @@ import torch
 
 from sd_resnet import cli
 
-from .conftest import make
+from .conftest import make, one_line
 
 COMMANDS = [
     *('quickstart', 'info', 'plot', 'bench', 'growth', 'export', 'push', 'verify'),
-    *('data', 'study', 'recipe', 'evaluate', 'release'),
+    *('data', 'study', 'recipe', 'evaluate', 'release', 'sweep', 'prune'),
 ]
 
 
@@ -62,6 +62,20 @@ def test_debug_shows_the_traceback():
 def test_info_prints_the_table(capsys):
     assert cli.main(['info', 'sd_resnet20_cifar', '--schedule', '1,0.5', '--img-size', '28']) == 0
     assert 'sd_resnet20_cifar, 28 x 28 px' in capsys.readouterr().out
+    assert cli.main(['info', 'sd_swin_tiny_patch4_window7_224', '--img-size', '128']) == 0  # built for that size
+    header, line = (x for x in capsys.readouterr().out.splitlines() if 'p_l' in x or 'layers.2.blocks.5' in x)
+    assert header.index('p_l') + 3 == line.index('0.') + 6  # one column, wide names or not
+
+
+@pytest.mark.parametrize('argv', [['bench'], ['growth'], ['prune', 'it', '--data', 'nowhere']])
+def test_what_would_fail_after_the_work_fails_before_it(argv, monkeypatch, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*argv, '--json', str(tmp_path / 'none' / 'x.json')])
+    assert stop.value.code == 2
+    assert '--json: must be in a folder that exists' in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    assert cli.main([*argv, '--plot', str(tmp_path / 'x.png')]) == 1
+    assert 'matplotlib is needed to draw' in one_line(capsys)
 
 
 def test_plot_writes_a_picture(tmp_path, capsys):

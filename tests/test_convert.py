@@ -99,10 +99,9 @@ def recorded(block):
 
 
 def alone(model, x):
-    """The first and the last converted block in training, with what they are called with; norms in evaluation."""
+    """The converted blocks in training, with what they are called with; norms in evaluation."""
     seen = {}
     blocks = list(converted_blocks(model).values())
-    blocks = [blocks[0], blocks[-1]][: len(blocks)]
     hooks = [
         block.register_forward_pre_hook(lambda m, a, k: seen.update({m: (a, k)}), with_kwargs=True) for block in blocks
     ]
@@ -138,7 +137,7 @@ def test_the_branch_is_unbiased(name, monkeypatch):
     """Its mean over all five windows is the undropped branch. Where a ReLU follows, each row is timm's instead."""
     model, x = build(name)
     convert(model, x)
-    for block, args, kwargs in alone(model, x):
+    for block, args, kwargs in alone(model, x)[:: len(converted_blocks(model)) - 1 or 1]:  # the first and the last
         with torch.no_grad():
             whole = block.plain_class.forward(block, *args, **kwargs)
             outs = []
@@ -194,7 +193,7 @@ def test_batch_mode_runs_the_drawn_blocks_and_leaves_zero_gradients(name):
 def test_row_mode_is_timms_drop_path():
     model, x = build('regnetx_002')
     convert(model, x, mode='row')
-    (block, args, kwargs), _ = alone(model, x)
+    block, args, kwargs = alone(model, x)[0]
     outs = torch.stack([block(*args, **kwargs) for _ in range(100)])
     survived = (outs != args[0]).flatten(2).any(2).float()
     assert abs(survived.mean() - 0.6) < 4 * math.sqrt(0.24 / survived.numel())
@@ -214,6 +213,7 @@ def test_row_mode_is_timms_drop_path():
 )
 def test_schedules(rate, schedule, expected):
     model, x = build(VIT, rate=0.3)
+    convert(model, x, 0.9, 'linear')  # leaves no trace
     conversion = convert(model, x, rate, schedule)
     assert list(conversion.survival_probs.values()) == pytest.approx(expected)
     assert list(conversion.survival_probs) == [f'blocks.{l}' for l in range(6)]
@@ -247,11 +247,19 @@ def test_errors_name_the_argument_and_change_nothing(kwargs, named):
     with pytest.raises(ValueError, match=named):
         convert(model, x, **kwargs)
     assert not converted_blocks(model)
+    convert(model, x, 0.4, ramp=('late', 3))
+    with pytest.raises(ValueError, match=named):
+        convert(model, x, **kwargs)
+    assert [block.stochastic_depth.drop_prob for block in converted_blocks(model).values()] == [0.0] * 6
+    assert list(model.state_dict())[-1] == 'drop_path_ramp.step'
 
 
 def test_images_that_the_network_cannot_take_are_named():
+    model, x = build(VIT)
+    convert(model, x)
     with pytest.raises(RuntimeError, match='3 x 48 x 40'):
-        sd_resnet.convert(build(VIT)[0], 0.4, input_size=(3, 48, 40))
+        sd_resnet.convert(model, 0.2, input_size=(3, 48, 40))
+    assert len(converted_blocks(model)) == 6  # still
 
 
 @pytest.mark.parametrize('mode', ['batch', 'subset', 'row'])
@@ -292,6 +300,21 @@ def test_ranks_that_share_decisions_replay_them_too(monkeypatch):
     assert len(seeds) == 2  # once per model
     assert seeds[0] == seeds[1]
     assert seeds[0][1] == 0
+
+
+def test_ranks_that_share_decisions_draw_new_ones_where_the_seed_is_the_same(monkeypatch):
+    """Decisions of an earlier step would be taken for those of a second forward pass."""
+    monkeypatch.setattr(converted_block, 'many_ranks', lambda: True)
+    monkeypatch.setattr(ranks.dist, 'broadcast_object_list', lambda seed, src: None)
+    model, x = build(VIT)
+    convert(model, x, rate=0.5, mode='batch')
+    rows = [recorded(block) for block in converted_blocks(model).values()]
+    seen = set()
+    for _ in range(8):
+        before = [len(r) for r in rows]
+        step(model, x, seed=3)
+        seen.add(tuple(len(r) - b for r, b in zip(rows, before)))
+    assert len(seen) > 4
 
 
 def test_ranks_that_decide_for_themselves_are_refused_with_synchronised_norms(monkeypatch):
@@ -383,6 +406,29 @@ def test_split_batch_norm_is_refused_in_subset_mode():
     convert(model, x)
     with pytest.raises(ValueError, match='split BatchNorm'):
         convert_splitbn_model(model).train()(x)
+
+
+def test_an_argument_for_each_image_is_named():
+    """Some are there only when the network is called or trained, and not when it is converted."""
+    model, x = build('vit_tiny_patch16_dinov3_qkvb', patch_drop_rate=0.5)
+    convert(model, x)
+    with pytest.raises(RuntimeError, match=r"3 of 5 images; if .* for each image, use drop_path_mode='batch'"):
+        model.train()(x)
+    convert(model, x, mode='batch')
+    model(x)
+    model, x = build(VIT)
+    convert(model, x)
+    with pytest.raises(RuntimeError, match="use drop_path_mode='batch'"):
+        model.train()(x, attn_mask=torch.zeros(5, 1, *[model.pos_embed.shape[1]] * 2))
+
+
+def test_an_argument_of_as_many_rows_as_there_are_images_is_none_for_each_image():
+    """Rotary positions of 4 patches, in a batch of 4 images."""
+    model, x = build('vit_tiny_patch16_dinov3_qkvb')
+    convert(model, x)
+    rows = [recorded(block) for block in converted_blocks(model).values()]
+    model.train()(x[:4])
+    assert rows == [[2]] * len(rows)
 
 
 def test_scripted_training_falls_back_to_timms_drop_path():

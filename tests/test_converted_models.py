@@ -128,7 +128,18 @@ def test_register_adds_any_other():
         timm.create_model('sd_vgg11', drop_path_rate=0.3)
 
 
-@pytest.mark.parametrize('name', ['vit_tiny', 'sd_resnet50', 'vit_tiny_patch16_224.augreg_in21k'])
+def test_low_precision_and_inference_mode():
+    with torch.inference_mode():
+        model = timm.create_model('sd_vit_tiny_patch16_224', dtype=torch.bfloat16, drop_path_rate=0.4, **VIT)
+    assert rates(model) == pytest.approx([0, 0.2, 0.4])
+
+
+def test_a_network_of_this_package_is_not_registered_again():
+    with pytest.raises(ValueError, match="no network of its own for, got 'resnet50': use sd_resnet50"):
+        sd_resnet.register('resnet50')
+
+
+@pytest.mark.parametrize('name', ['vit_tiny', 'sd_resnet50', 'vit_tiny_patch16_224.augreg_in21k', 5])
 def test_what_cannot_be_registered_is_refused(name):
     with pytest.raises(ValueError, match=f'name must be a model of timm, without tag, .* got {name!r}'):
         sd_resnet.register(name)

@@ -61,6 +61,37 @@ def test_the_rate_of_each_training_step(name, ramp, mode):
     assert rates(model.train(), drop_paths, x, 6) == pytest.approx(EXPECTED[ramp])
 
 
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name', [RESNET, VIT])
+def test_seeding_anew_in_every_epoch_does_not_hold_it(name, mode):
+    model, drop_paths, x = build(name, ('warmup', 4), mode)
+    seen = []
+    for _ in range(3):
+        torch.manual_seed(42)
+        seen += rates(model, drop_paths, x, 2)
+    assert seen == pytest.approx(EXPECTED['warmup', 4])
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_the_first_block_that_trains_counts(mode):
+    """Early layers are often frozen, in evaluation mode."""
+    model, drop_paths, x = build(VIT, ('warmup', 4), mode)
+    model.blocks[0].eval()
+    assert rates(model, drop_paths, x, 6) == pytest.approx(EXPECTED['warmup', 4])
+    model.blocks[0].train()
+    model(x)
+    assert model.drop_path_ramp.steps_done == 7
+
+
+@pytest.mark.parametrize('name', [RESNET, VIT])
+def test_scripted_training_is_refused(name):
+    """The rate of the first step would stay for ever."""
+    model, _, x = build(name, ('late', 2))
+    with pytest.raises(ValueError, match='drop_path_ramp must be None where a network is scripted to train'):
+        torch.jit.script(model)
+    torch.testing.assert_close(torch.jit.script(model.eval())(x), model(x))
+
+
 @pytest.mark.parametrize('name', [RESNET, VIT])
 def test_the_state_dict_has_one_key_more_and_a_resumed_run_goes_on(name):
     model, drop_paths, x = build(name, ('warmup', 4))
@@ -72,6 +103,8 @@ def test_the_state_dict_has_one_key_more_and_a_resumed_run_goes_on(name):
     resumed, resumed_drop_paths, _ = build(name, ['warmup', 4])
     resumed.load_state_dict(saved)
     assert rates(resumed, resumed_drop_paths, x, 3) == pytest.approx(EXPECTED['warmup', 4][3:])
+    resumed.drop_path_ramp.steps_done = 0  # a new training
+    assert rates(resumed, resumed_drop_paths, x, 6) == pytest.approx(EXPECTED['warmup', 4])
     plain.load_state_dict(saved)  # a network without a ramp takes it too
     resumed.load_state_dict(plain.state_dict())  # and the other way round: the count stays
     assert resumed.drop_path_ramp.steps_done == 6

@@ -5,6 +5,7 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
+from sd_resnet.pruning import forward_flops
 from sd_resnet.residual_search import search
 
 
@@ -91,3 +92,27 @@ def test_nothing_is_touched():
     assert isinstance(net.block.drop_path, DropPath)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_networks_of_any_type_are_tried(dtype):
+    """timm builds them so with `dtype=`; FLOPs are counted on a copy of the same kind."""
+    (block,), _ = search(Net('shortcut').to(dtype), (3, 8, 8))
+    assert block.name == 'block'
+    assert forward_flops(Net('shortcut').to(dtype), (3, 8, 8)) == forward_flops(Net('shortcut'), (3, 8, 8)) > 0
+
+
+@pytest.mark.parametrize('context', [torch.no_grad, torch.inference_mode])
+def test_a_network_is_tried_where_no_gradients_are_wanted(context):
+    """The shortcut is found in autograd's graph."""
+    with context():
+        (block,), _ = search(Net('shortcut'), (3, 8, 8))
+        assert torch.is_grad_enabled() is False
+    assert block.name == 'block'
+
+
+def test_what_is_no_network_of_images_is_named():
+    with pytest.raises(
+        RuntimeError, match=r'Block could not be tried on images of 3 x 8 x 8, .* whole network is needed'
+    ):
+        search(Block('shortcut'), (3, 8, 8))

@@ -14,7 +14,14 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sd_resnet.convert import converted_blocks
+
 STEPS = 6
+NETS = {
+    'sd_resnet18': dict(channels=(8, 8, 16, 16), zero_init_last=False),
+    'sd_resnet20_cifar': dict(channels=(4, 8, 8), zero_init_last=False),
+    'sd_vit_tiny_patch16_224': dict(img_size=32, embed_dim=32, depth=4, num_heads=2, drop_path_schedule='uniform'),
+}
 
 
 class StandIn(nn.BatchNorm2d):
@@ -50,15 +57,25 @@ def digest(tensors):
 
 def create(name='sd_resnet18', **kwargs):
     torch.manual_seed(0)
-    narrow = {'channels': (8, 8, 16, 16)} if name == 'sd_resnet18' else {'channels': (4, 8, 8)}
-    model = timm.create_model(name, num_classes=10, drop_path_rate=0.7, zero_init_last=False, **narrow, **kwargs)
+    model = timm.create_model(name, num_classes=10, drop_path_rate=0.7, **NETS[name], **kwargs)
     torch.manual_seed(dist.get_rank() + 1)  # as timm's train.py: every rank draws from a seed of its own
     return model
 
 
 def record(net):
-    """The decisions of every step, as they are drawn."""
-    decisions, draw = [], net._draw_per_batch
+    """The decisions of every step, as they are drawn; a converted network's blocks draw one by one."""
+    decisions = []
+    if blocks := list(converted_blocks(net).values()):
+        draws, draw_one = blocks[0].draws, blocks[0].draws.draw
+
+        def recorded_one(block, x):
+            p_l, decision = draw_one(block, x)
+            decisions.append([decision])
+            return p_l, decision
+
+        draws.draw = recorded_one
+        return decisions
+    draw = net._draw_per_batch
 
     @torch.compiler.disable
     def recorded():
@@ -150,6 +167,15 @@ SCENARIOS = {
         for name in ('sd_resnet18', 'sd_resnet20_cifar')
         for mode in ('batch', 'row', 'subset')
         for flag in ('', 'accumulate', 'amp', 'checkpointing', 'compiled', 'features')
+    },
+    **{
+        f'converted {mode} {flag}'.strip(): (
+            lambda mode=mode, flag=flag: train(
+                'sd_vit_tiny_patch16_224', drop_path_mode=mode, checkpointing=flag == 'checkpointing'
+            )
+        )
+        for mode in ('batch', 'subset')
+        for flag in ('', 'checkpointing')
     },
     'unsynchronised': lambda: train(drop_path_sync=False),
     'stand-in': lambda: train(stand_in=True),
