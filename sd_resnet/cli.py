@@ -208,7 +208,7 @@ def _plot(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from . import bench, plots
+    from . import bench, bench_report, plots
 
     if args.plot:
         plots.figure_class()
@@ -229,23 +229,23 @@ def _bench(args: argparse.Namespace) -> None:
         schedule=args.schedule,
     )
     rows = bench.run(settings)
-    print(bench.table(settings, rows))
+    print(bench_report.table(settings, rows))
     if args.json:
-        bench.save_record(settings, rows, args.json)
+        bench_report.save_record(settings, rows, args.json)
     if args.plot:
         plots.plot_bench(settings, rows, args.plot)
 
 
 def _growth(args: argparse.Namespace) -> None:
-    from . import bench, plots
+    from . import bench, bench_report, plots
 
     if args.plot:
         plots.figure_class()
     settings = bench.Settings(batch=args.batch, size=args.size, steps=args.steps, device=args.device)
     rows = bench.grow(settings, args.models, [1 - p for p in args.survival])
-    print(bench.growth_table(settings, rows))
+    print(bench_report.growth_table(settings, rows))
     if args.json:
-        bench.save_record(settings, rows, args.json)
+        bench_report.save_record(settings, rows, args.json)
     if args.plot:
         plots.plot_growth(settings, rows, args.plot)
 

@@ -52,7 +52,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    from . import bench, sweep
+    from . import bench, bench_report, sweep
 
     settings = bench.Settings(
         batch=args.batch, size=args.size, steps=args.steps, device=args.device, schedule=args.schedule
@@ -60,7 +60,7 @@ def _sweep(args: argparse.Namespace) -> None:
     swept = sweep.sweep(settings, args.models, args.rates or sweep.RATES)
     print(sweep.table(settings, swept))
     if args.json:
-        bench.save_record(settings, swept, args.json)
+        bench_report.save_record(settings, swept, args.json)
 
 
 def _prune(args: argparse.Namespace) -> None:

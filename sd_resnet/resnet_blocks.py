@@ -182,8 +182,8 @@ class ResidualBlock(nn.Module):
         return put_rows(x, y_rows, start, relu=True)  # the other rows: relu(x), and x comes out of a ReLU
 
     def _branch_of_rows(self, x_rows: Tensor, copied: bool) -> Tensor:
-        if not copied or x_rows.grad_fn is None:
-            return self.branch(x_rows)
+        if not copied or torch.compiler.is_compiling() or not hasattr(x_rows.grad_fn, 'start'):
+            return self.branch(x_rows)  # without `start`: nothing was taken from a graph, or compiled code has done it
         with gathered_again(x_rows):
             x = self.conv1(x_rows)
         return self.after_conv1(x)

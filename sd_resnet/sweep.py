@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .bench import CONSTANT, TIMM, Settings, environment, run
+from .bench import CONSTANT, TIMM, Settings, run
+from .bench_report import environment
 from .costs import network_cost
 
 RATES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)

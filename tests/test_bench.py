@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from sd_resnet import bench
+from sd_resnet import bench, bench_report
 
 from .conftest import NARROW, images, make
 
@@ -59,7 +59,7 @@ def test_a_run_counts_what_it_says():
     assert row.bound == row.observed == 1
     assert subset.observed == pytest.approx(subset.bound, abs=0.06)  # rounding to whole rows, the same in every step
     assert len(batch.saved_bytes) == len(subset.saved_bytes) == 3
-    table = bench.table(bench.Settings(**SMALL), list(rows.values()))
+    table = bench_report.table(bench.Settings(**SMALL), list(rows.values()))
     assert all(name in table for name in rows)
 
 
@@ -77,7 +77,7 @@ def test_growth_measures_every_rate_of_every_depth():
     ]
     assert [g.bound for g in growths][1::2] == [1, 1]
     assert all(g.ratio == statistics.fmean(g.seconds) / statistics.fmean(g.constant_seconds) for g in growths)
-    assert 'sd_resnet32_cifar' in bench.growth_table(settings, growths)
+    assert 'sd_resnet32_cifar' in bench_report.growth_table(settings, growths)
 
 
 @pytest.mark.parametrize(

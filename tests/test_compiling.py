@@ -3,6 +3,8 @@
 Here breaks, for whoever compiles: silent recompilation until torch's limit, after which blocks run uncompiled.
 """
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -211,3 +213,19 @@ def test_a_compiled_block_or_stage_alone_draws_for_itself():
         outputs = [compiled(x.clone()) for _ in range(40)]
         distinct = {tuple(o.flatten()[:4].tolist()) for o in outputs}
         assert len(distinct) > 1
+
+
+def test_blocks_that_are_compiled_one_by_one_give_the_gradients_of_eager_ones():
+    """Where the compiler breaks a graph, one part of a block runs compiled and another does not."""
+    model = make('sd_resnet20_cifar', train=True, drop_path_mode='subset', dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    for block in twin.blocks():
+        block.compile(backend='eager')
+    x = images(6, 16, dtype=torch.float64)
+    for seed in range(3):
+        for net in (model, twin):
+            net.zero_grad()
+            torch.manual_seed(seed)
+            net(x).square().sum().backward()
+        for first, second in zip(model.parameters(), twin.parameters()):
+            torch.testing.assert_close(first.grad, second.grad, rtol=1e-9, atol=1e-9)
