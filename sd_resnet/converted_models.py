@@ -59,7 +59,7 @@ def register(name: str) -> str:
     if not is_model(f'sd_{name}'):
         default_cfgs.update(_cfgs(name))
         register_model(_entrypoint(name))
-    elif not is_model_in_modules(f'sd_{name}', 'converted_models'):
+    elif not is_model_in_modules(f'sd_{name}', ('converted_models',)):
         raise ValueError(
             f'name must be a model that sd_resnet has no network of its own for, got {name!r}: use sd_{name} as it is, '
             f'or sd_resnet.convert(model)'

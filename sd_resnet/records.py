@@ -71,7 +71,7 @@ class Run:
     @property
     def converted(self) -> bool:
         """Is it one of timm's models under a `sd_` name?"""
-        return is_model_in_modules(self.name, 'converted_models')
+        return is_model_in_modules(self.name, ('converted_models',))
 
     def model(self) -> nn.Module:
         """The trained network, in evaluation mode, with the run's preprocessing as its configuration.
@@ -118,7 +118,7 @@ def read_run(folder: Path, checkpoint: str | None = None, use_ema: bool = True) 
         raise FileNotFoundError(f"{folder} holds no args.yaml: a run folder is what timm's train.py writes")
     args = _read_args(folder / 'args.yaml')
     name = str(args.get('model'))
-    ours = name.split('.')[0] in architectures() or is_model_in_modules(name, 'converted_models')
+    ours = name.split('.')[0] in architectures() or is_model_in_modules(name, ('converted_models',))
     if not ours and ':' not in name:  # what a source holds is seen when it is built
         raise ValueError(
             f"{folder / 'args.yaml'}: model must be one of {', '.join(architectures())} or timm's under sd_ names, "
