@@ -8,21 +8,22 @@ import runpy
 import sys
 from pathlib import Path
 
-out, script, *arguments = sys.argv[1:]
-sys.path.insert(0, str(Path(script).parent))  # a script's own folder comes first: the clone's timm
 
-from sd_resnet.ramp import DropPathRamp
+def main(out, script, *arguments):
+    sys.path.insert(0, str(Path(script).parent))  # a script's own folder comes first: the clone's timm
+    from sd_resnet.ramp import DropPathRamp
 
-seen = []
-advance = DropPathRamp.advance
+    seen, advance = [], DropPathRamp.advance
+
+    def recorded(self):
+        advance(self)
+        seen.append([drop_path.drop_prob for drop_path in self._drop_paths])
+
+    DropPathRamp.advance = recorded
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name='__main__')
+    Path(out).write_text(json.dumps(seen))
 
 
-def recorded(self):
-    advance(self)
-    seen.append([drop_path.drop_prob for drop_path in self._drop_paths])
-
-
-DropPathRamp.advance = recorded
-sys.argv = [script, *arguments]
-runpy.run_path(script, run_name='__main__')
-Path(out).write_text(json.dumps(seen))
+if __name__ == '__main__':
+    main(*sys.argv[1:])
