@@ -13,8 +13,11 @@ import hashlib
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from timm.data import create_loader
 from torchvision.datasets import FashionMNIST
 
 NAME = 'torch/fashion_mnist'  # of timm's `--dataset`
@@ -71,6 +74,26 @@ def write_fashion_mnist(folder: Path, pad: int = 0, images: int | None = None, s
         (part / name).write_bytes(content)
     part.replace(raw)
     return folder
+
+
+def evaluation_loader(dataset: Any, config: dict[str, Any], batch_size: int) -> Any:
+    """timm's loader, in this process, in the data set's order.
+
+    Args:
+        dataset: One of timm's or torchvision's; its transform is set to evaluation's.
+        config: The preprocessing, of timm's `resolve_model_data_config`.
+        batch_size: Images of a batch.
+    """
+    return create_loader(
+        dataset,
+        batch_size=batch_size,
+        is_training=False,
+        use_prefetcher=False,
+        num_workers=0,
+        persistent_workers=False,
+        device=torch.device('cpu'),
+        **config,
+    )
 
 
 def _read(source: Path | None) -> dict[str, bytes]:

@@ -8,12 +8,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.data import create_dataset, resolve_model_data_config
 from timm.utils import AverageMeter, accuracy
 from torchvision.transforms import Compose, Grayscale
 from tqdm import tqdm
 
-from .datasets import LABELS, NAME, RAW
+from .datasets import LABELS, NAME, RAW, evaluation_loader
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,7 @@ def evaluate(model: Any, data: Path, images: int | None = None, progress: bool =
         raise ValueError(f'{name} has {model.num_classes} classes, the data set in {data} has {classes}')
     model.eval()
     config = resolve_model_data_config(model)
-    loader = create_loader(
-        dataset,
-        batch_size=250,
-        is_training=False,
-        use_prefetcher=False,
-        num_workers=0,
-        persistent_workers=False,
-        device=torch.device('cpu'),
-        **config,
-    )
+    loader = evaluation_loader(dataset, config, batch_size=250)
     if (data / RAW).is_dir() and config['input_size'][0] == 3:
         dataset.transform = Compose([Grayscale(3), dataset.transform])
     top1, top5, losses = AverageMeter(), AverageMeter(), AverageMeter()

@@ -14,7 +14,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.data import create_dataset, resolve_model_data_config
 from timm.models import save_for_hf
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from torchvision.transforms import Compose
 from tqdm import tqdm
 
 from .convert import own_input_size
-from .datasets import LABELS, NAME, RAW
+from .datasets import LABELS, NAME, RAW, evaluation_loader
 from .records import read_run
 from .residual_search import copy_without_data
 from .subnetworks import Removable, blocks_of, subnetwork
@@ -316,16 +316,7 @@ def _batches(model: Any, dataset: Any, part: Sequence[int]) -> list[tuple[Tensor
     """With the preprocessing of the model's configuration, grey or coloured as the model takes them."""
     size = own_input_size(model)
     dataset = copy.copy(dataset)
-    loader = create_loader(
-        dataset,
-        batch_size=BATCH,
-        is_training=False,
-        use_prefetcher=False,
-        num_workers=0,
-        persistent_workers=False,
-        device=torch.device('cpu'),
-        **{**resolve_model_data_config(model), 'input_size': size},
-    )  # timm gives the data set its transform
+    loader = evaluation_loader(dataset, {**resolve_model_data_config(model), 'input_size': size}, BATCH)
     colours = 'L' if size[0] == 1 else 'RGB'
     dataset.transform = Compose([lambda image: image.convert(colours), dataset.transform])
     batches = torch.utils.data.DataLoader(Subset(loader.dataset, part[: len(dataset)]), batch_size=BATCH)

@@ -20,12 +20,12 @@ from typing import Any
 import timm
 import timm.models
 import torch
-from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.data import create_dataset, resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .datasets import NAME
+from .datasets import NAME, evaluation_loader
 from .records import read_run
 from .schedules import survival_probs
 
@@ -158,17 +158,8 @@ def analyse(model: Any, data: Path, scale: dict[str, Any], seed: int) -> dict[st
         training, the errors of their averaged probabilities, one for every n of the sample. `removed`: for each number
         n of blocks removed from the tested network, the errors; for n = 1 one for each block.
     """
-    loader = create_loader(
-        create_dataset(NAME, root=str(data), split='test'),
-        batch_size=500,
-        is_training=False,
-        use_prefetcher=False,
-        num_workers=0,
-        persistent_workers=False,
-        device=torch.device('cpu'),
-        **{k: v for k, v in resolve_model_data_config(model).items() if k != 'crop_mode'},
-    )
-    pairs = list(loader)
+    dataset = create_dataset(NAME, root=str(data), split='test')
+    pairs = list(evaluation_loader(dataset, resolve_model_data_config(model), batch_size=500))
     model = model.to(memory_format=torch.channels_last)
     batches = [images.contiguous(memory_format=torch.channels_last) for images, _ in pairs]
     target = torch.cat([labels for _, labels in pairs])
