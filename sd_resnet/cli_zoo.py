@@ -69,7 +69,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument('--tag', metavar='NAME', help='of the weights')
     sub.add_argument('--data', type=Path, metavar='DIR', help='written by sd-resnet data fashion-mnist DIR')
     sub.add_argument('--weights', type=Path, default=Path('weights'), metavar='DIR', help='of all (%(default)s)')
-    sub.add_argument('--half', action='store_true', help='store convolutions and classifier as float16')
+    sub.add_argument('--half', action='store_true', help='store convolutions and classifier as bfloat16')
     sub.add_argument('--user', default='USER', metavar='NAME', help='owner of the repository, for the card')
     sub.add_argument('--baseline', metavar='TEXT', help='what the same recipe reaches otherwise, for the card')
 

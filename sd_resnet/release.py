@@ -18,7 +18,6 @@ from .hub import write_repository
 from .records import read_run
 from .verification import CARD, RECORD, WEIGHTS, check_contents, file_hash
 
-HALF = (torch.float16, torch.bfloat16)
 INDEX = 'README.md'
 MEASURED = 'the accuracy was measured again in float32, by sd-resnet evaluate'
 PADDED = (  # where the recipe's crop shows it
@@ -50,7 +49,8 @@ def release(
         data: Fashion-MNIST, as `sd-resnet data fashion-mnist` writes it.
         weights: The folder of all releases.
         checkpoint: File name in the run folder; the last one, because the best would be chosen on the test set.
-        half: Store convolutions and classifier as float16; norm layers and survival probabilities stay float32.
+        half: Store convolutions and classifier as bfloat16, which a wheel compresses further than float16; norm layers
+            and survival probabilities stay float32.
         user: Owner of the repository, for the card.
         hardware: What it was trained on.
         baseline: What the same recipe reaches otherwise, for the card.
@@ -65,7 +65,7 @@ def release(
         raise ValueError(f'{run_folder} was trained on {run.args.get("dataset")!r}, not on {datasets.NAME}')
     state_dict = run.checkpoint.state_dict
     if half:
-        state_dict.update({k: v.half().float() for k, v in state_dict.items() if v.ndim > 1})
+        state_dict.update({k: v.bfloat16().float() for k, v in state_dict.items() if v.ndim > 1})
     reached = evaluate(run.model(), data)
     run.metrics = {'eval_loss': reached.loss, 'eval_top1': reached.top1, 'eval_top5': reached.top5}
     run.label_names = list(datasets.LABELS)
@@ -124,7 +124,7 @@ def _store_half(folder: Path) -> None:
     """Rewrite the weights, and their hash where the card and the record state it."""
     tensors = load_file(folder / WEIGHTS)
     before = file_hash(folder / WEIGHTS)
-    save_tensors({k: v.half() if v.ndim > 1 else v for k, v in tensors.items()}, folder / WEIGHTS)
+    save_tensors({k: v.bfloat16() if v.ndim > 1 else v for k, v in tensors.items()}, folder / WEIGHTS)
     after = file_hash(folder / WEIGHTS)
     for file in (CARD, RECORD):
         text = (folder / file).read_text(encoding='utf-8')
@@ -134,4 +134,4 @@ def _store_half(folder: Path) -> None:
 
 def _dtype(folder: Path) -> str:
     types = {tensor.dtype for tensor in load_file(folder / WEIGHTS).values()}
-    return 'float16' if types & set(HALF) else 'float32'
+    return 'bfloat16' if torch.bfloat16 in types else 'float32'
