@@ -4,51 +4,56 @@
 and MLP, so that `convert` draws for each of them, as timm does. The contestants take turns, step by step.
 """
 
+from __future__ import annotations
+
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import sd_resnet
 from sd_resnet.bench_report import environment
 
 
-class Attention(nn.Module):
-    """The first half of timm's ViT block."""
+class Half(nn.Module):
+    """One of the two residual blocks in timm's ViT block."""
 
-    def __init__(self, block):
+    def __init__(self, norm: nn.Module, branch: nn.Module, scale: nn.Module, drop_path: nn.Module) -> None:
         super().__init__()
-        self.norm, self.branch, self.scale, self.drop_path = block.norm1, block.attn, block.ls1, block.drop_path1
+        self.norm, self.branch, self.scale, self.drop_path = norm, branch, scale, drop_path
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.scale(self.branch(self.norm(x))))
 
 
-class Mlp(Attention):
-    """The second half."""
+def halves(block: Any) -> list[Half]:
+    """Attention and MLP."""
+    return [
+        Half(block.norm1, block.attn, block.ls1, block.drop_path1),
+        Half(block.norm2, block.mlp, block.ls2, block.drop_path2),
+    ]
 
-    def __init__(self, block):
-        nn.Module.__init__(self)
-        self.norm, self.branch, self.scale, self.drop_path = block.norm2, block.mlp, block.ls2, block.drop_path2
 
-
-def contestant(name, rate, mode, apart):
+def contestant(name: str, rate: float, mode: str | None, apart: bool) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(name, drop_path_rate=rate, num_classes=10)
     if apart:
-        model.blocks = nn.Sequential(*[half for block in model.blocks for half in (Attention(block), Mlp(block))])
+        model.blocks = nn.Sequential(*[half for block in model.blocks for half in halves(block)])
     if mode:
-        sd_resnet.convert(model, rate, 'uniform', mode)
+        converted = sd_resnet.convert(model, rate, 'uniform', mode).survival_probs
+        assert len(converted) == len(model.blocks), converted
     return model.train()
 
 
-def step_of(model, images, labels):
+def step_of(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
-    def step():
+    def step() -> float:
         start = time.perf_counter()
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images), labels).backward()
@@ -58,7 +63,7 @@ def step_of(model, images, labels):
     return step
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', default='vit_tiny_patch16_224')
     parser.add_argument('--drop-path', type=float, default=0.4)
@@ -71,7 +76,7 @@ def main():
     for mode in ('subset', 'batch'):
         for how, apart in (('one unit', False), ('branch by branch', True)):
             steps[f'{mode}, {how}'] = step_of(contestant(args.model, args.drop_path, mode, apart), images, labels)
-    seconds = {name: [] for name in steps}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(args.steps + 3):  # the first three are not counted
         for name, step in steps.items():
             taken = step()

@@ -42,7 +42,8 @@ def test_a_release_does_what_its_card_says(trained, fashion, tmp_path, half):
     assert evaluate(f'local-dir:{folder}', fashion) == reached
     assert stated_accuracy(folder) == round(reached.top1, 2)
     tensors = load_file(folder / 'model.safetensors')
-    assert {tensor.dtype for tensor in tensors.values() if tensor.ndim > 1} == {torch.bfloat16 if half else torch.float32}
+    expected = torch.bfloat16 if half else torch.float32
+    assert {tensor.dtype for tensor in tensors.values() if tensor.ndim > 1} == {expected}
     assert {v.dtype for k, v in tensors.items() if v.ndim < 2 and v.is_floating_point()} == {torch.float32}
     verification.verify(str(folder))  # hashes, tensors, loading
     card, record = (folder / 'README.md').read_text(), yaml.safe_load((folder / 'record.yaml').read_text())
@@ -57,6 +58,7 @@ def test_a_release_does_what_its_card_says(trained, fashion, tmp_path, half):
     assert f'{100 - reached.top1:.2f} %' in index
     assert record['sha256'] in index
     assert ('bfloat16' in index) == half
+    assert ('stored as bfloat16; as trained they gave' in card) == half
 
 
 def test_the_card_of_a_constant_depth_twin_does_not_speak_of_dropped_blocks(trained, fashion, tmp_path):

@@ -87,11 +87,15 @@ def test_the_claims_follow_from_the_records(records):
     assert 'yes: 0.78 to 0.78' in claims  # 3.1 of 4 seconds
     assert '11.000 in 1,800 steps; L = 15: 11.00' in claims
     assert '3 removed: +15.2 and +3.2 points' in claims
+    assert 'yes: less at 10 of 10 numbers' in claims
     record = json.loads((records / 'linear-0.5-seed0.json').read_text())
     record['epochs']['depth'] = [9.0] * 20
+    record['analysis']['removed']['2'] = [90.0] * 5
     study_cell.write_record(record, records / 'linear-0.5-seed0.json')
     write_report(records)
-    assert '| no: -0.333, standard error' in (records / 'tables.md').read_text()
+    claims = (records / 'tables.md').read_text()
+    assert '| no: -0.333, standard error' in claims
+    assert 'in part: less at 9 of 10 numbers' in claims
 
 
 def test_a_part_of_the_cells_is_reported_and_the_rest_named(records, tmp_path, capsys):
