@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -96,7 +97,11 @@ class Run:
         # Nothing else of the architecture's own configuration is true of these weights: neither its source nor licence.
         kept = ('architecture', 'first_conv', 'classifier', 'fixed_input_size')
         own = {key: model.pretrained_cfg[key] for key in kept if model.pretrained_cfg.get(key)}
-        model.pretrained_cfg = {**own, **resolve_data_config(self.args, model=model), 'num_classes': model.num_classes}
+        data = resolve_data_config(self.args, model=model)
+        if not self.converted:  # height and width of the features, as timm's configurations state them
+            reduction = model.feature_info[-1]['reduction']
+            own['pool_size'] = tuple(math.ceil(side / reduction) for side in data['input_size'][1:])
+        model.pretrained_cfg = {**own, **data, 'num_classes': model.num_classes}
         model.default_cfg = model.pretrained_cfg
         return model.eval()
 

@@ -318,6 +318,18 @@ def test_plain_computes_the_same_and_says_what_it_needs(server, tmp_path, name, 
         assert 'timm has no architecture for the CIFAR nets' in card
 
 
+@pytest.mark.parametrize(('name', 'size'), [('sd_resnet18', 40), ('sd_resnet20_cifar', 30)])
+def test_the_configuration_states_the_size_of_the_features(tmp_path, name, size):
+    """timm's own tests and feature heads ask a pretrained configuration for it; odd sizes are rounded up."""
+    run = write_run(tmp_path / 'run', name)
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    (run / 'args.yaml').write_text(yaml.safe_dump({**args, 'img_size': size}))
+    model = read_run(run).model()
+    with torch.no_grad():
+        features = model.forward_features(torch.zeros(1, 3, size, size))
+    assert features.shape[2:] == model.pretrained_cfg['pool_size']
+
+
 def test_raw_weights_and_averaged_files_have_no_measured_accuracy(run_folder, tmp_path):
     best = read_run(run_folder)
     assert best.metrics['eval_top1'] == 52.25
