@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from . import datasets
 from .checkpoints import save_tensors
 from .evaluation import Accuracy, evaluate
 from .hub import write_repository
-from .records import read_run
+from .records import Run, read_run
 from .verification import CARD, RECORD, WEIGHTS, check_contents, file_hash
 
 INDEX = 'README.md'
@@ -76,7 +77,7 @@ def release(
         size = run.args['input_size'][-1]
         notes.insert(0, PADDED if size == 28 else f'{PADDED}, resized to {size} x {size}')
     if run.args.get('resume'):
-        notes.append('the training was interrupted and went on from a checkpoint (--resume)')
+        notes.append(_resumed(run))
     run.args |= {'hardware': hardware, 'baseline': baseline, 'notes': '; '.join(notes)}
 
     name = f'{run.args["model"].split(".")[0]}.{tag}'
@@ -92,6 +93,15 @@ def release(
         shutil.rmtree(part, ignore_errors=True)
     write_index(weights)
     return weights / name, reached
+
+
+def _resumed(run: Run) -> str:
+    """A longer schedule than the one before shows in the learning rate: it rises after the warm-up."""
+    note = 'the training went on from a checkpoint (--resume)'
+    warm = run.args.get('warmup_epochs') or 0
+    rises = (now for before, now in pairwise(run.epochs) if now.get('lr', 0) > before.get('lr', 0))
+    longer = next((int(epoch['epoch']) for epoch in rises if epoch['epoch'] > warm), None)
+    return note if longer is None else f'{note}, with a longer schedule from epoch {longer} on'
 
 
 def write_index(weights: Path) -> Path:
