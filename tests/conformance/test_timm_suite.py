@@ -1,7 +1,7 @@
 """timm's own model tests, of the installed version, over this package's models: who uses timm's API must not notice.
 
 The tests are in timm's source distribution, not in its wheel, and are fetched when needed. By default the smaller
-models are tested; SD_RESNET_TEST_ALL=1 tests all of them.
+models are tested; SD_RESNET_TEST_ALL=1 tests all of them, a few in each process, because timm's tests keep memory.
 """
 
 import os
@@ -18,6 +18,9 @@ pytest.importorskip('expecttest', reason="timm's tests need expecttest")
 
 DEFAULT = ['sd_resnet18', 'sd_resnet50', 'sd_resnet50d', 'sd_resnet20_cifar', 'sd_resnet56_cifar']
 CONVERTED = ['sd_vit_tiny_patch16_224', 'sd_convnext_atto']
+EVERYTHING = os.environ.get('SD_RESNET_TEST_ALL') == '1'
+NAMES = timm.list_models('sd_*')
+GROUPS = [NAMES[i : i + 4] for i in range(0, len(NAMES), 4)] if EVERYTHING else [DEFAULT + CONVERTED]
 # forward, backward, default_cfgs, torchscript, features, intermediates (2), fx forward, fx backward, fx torchscript
 TESTS_PER_MODEL = 10
 TESTS_PER_CONVERTED_MODEL = 8  # timm leaves two of them out for ViT
@@ -42,9 +45,8 @@ def suite(request):
 
 
 @pytest.mark.timeout(3600)
-def test_timms_own_tests_pass_for_our_models(suite):
-    everything = os.environ.get('SD_RESNET_TEST_ALL') == '1'
-    models = timm.list_models('sd_*') if everything else DEFAULT + CONVERTED
+@pytest.mark.parametrize('models', GROUPS, ids=','.join)
+def test_timms_own_tests_pass_for_our_models(suite, models):
     root = Path(__file__).parents[2]
     result = subprocess.run(
         [
@@ -64,6 +66,6 @@ def test_timms_own_tests_pass_for_our_models(suite):
     print(counts)
     converted = len(set(models) & set(timm.list_models(module='converted_models')))
     expected = TESTS_PER_MODEL * (len(models) - converted) + TESTS_PER_CONVERTED_MODEL * converted
-    if not everything:  # timm skips tests of its largest models
+    if not EVERYTHING:  # timm skips tests of its largest models
         assert counts['passed'] >= expected
         assert counts.get('skipped', 0) == 0
