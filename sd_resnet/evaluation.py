@@ -57,19 +57,24 @@ def evaluate(model: Any, data: Path, images: int | None = None, progress: bool =
     model.eval()
     config = resolve_model_data_config(model)
     loader = evaluation_loader(dataset, config, batch_size=250)
-    if (data / RAW).is_dir() and config['input_size'][0] == 3:
+    grey = config['input_size'][0] == 1
+    if not (data / RAW).is_dir():
+        dataset.input_img_mode = 'L' if grey else 'RGB'
+    elif not grey:
         dataset.transform = Compose([Grayscale(3), dataset.transform])
     top1, top5, losses = AverageMeter(), AverageMeter(), AverageMeter()
     device = next(model.parameters()).device
-    with tqdm(total=min(images or len(dataset), len(dataset)), unit='image', disable=not progress) as bar:
+    left = min(images or len(dataset), len(dataset))
+    with tqdm(total=left, unit='image', disable=not progress) as bar:
         for batch, target in loader:
-            batch, target = batch[: bar.total - bar.n].to(device), target[: bar.total - bar.n].to(device)
+            batch, target = batch[:left].to(device), target[:left].to(device)
             logits = model(batch).float()
             for meter, value in zip((top1, top5), accuracy(logits, target, topk=(1, min(5, classes)))):
                 meter.update(value.item(), len(target))
             losses.update(torch.nn.functional.cross_entropy(logits, target).item(), len(target))
             bar.update(len(target))
-            if bar.n == bar.total:
+            left -= len(target)
+            if not left:
                 break
     return Accuracy(round(top1.avg, 6), round(top5.avg, 6), losses.avg, int(top1.count))
 
