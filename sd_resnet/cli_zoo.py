@@ -88,10 +88,16 @@ def _study(args: argparse.Namespace) -> None:
         for cell in study.CELLS:
             print(f'{cell.name:<28}{" ".join(cell.arguments())}')
         return
+    if args.card and not args.report:
+        raise UsageError('--card goes with --report')
     if args.report:
+        if args.cells:
+            raise UsageError('--report takes all records: give it without --cells')
+        from .plots import figure_class
         from .study_plots import plot_study
         from .study_report import TABLES, write_report
 
+        figure_class()  # or its absence is found when half is written
         records = write_report(args.out, args.card)
         for path in (args.out / TABLES, *plot_study(records, args.out)):
             print(f'wrote {path}')
@@ -133,6 +139,8 @@ def _release(args: argparse.Namespace) -> None:
     from .release import release, write_index
 
     if args.run_folder is None:
+        if args.tag or args.data or args.half or args.baseline:
+            raise UsageError('give RUN, the folder of a training run')
         print(f'wrote {write_index(args.weights)}')
         return
     if args.tag is None or args.data is None:

@@ -38,10 +38,10 @@ def figure_class() -> Any:
     return Figure
 
 
-def new_figure(columns: int, height: float = 3.6, rows: int = 1) -> tuple[Any, Any]:
+def new_figure(columns: int, height: float = 3.6, rows: int = 1, sharex: Any = False) -> tuple[Any, Any]:
     """A figure of README width and its axes."""
     figure = figure_class()(figsize=(9.6, height), dpi=150, layout='constrained')
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=sharex)
     for axis in axes.flat:
         axis.spines[['top', 'right']].set_visible(False)
     return figure, axes
@@ -143,7 +143,7 @@ def plot_growth(settings: Settings, growths: Sequence[Growth], path: Path) -> No
 def plot_pruning(records: Sequence[Pruning], path: Path) -> None:
     """Draw the error of pruned networks against FLOPs and latency."""
     figure, ((flops, latency),) = new_figure(2, height=4)
-    for record, color in zip(records, itertools.cycle((KEPT, PROBABILITY, OTHER))):
+    for record, color in zip(records, itertools.cycle((KEPT, OTHER, PROBABILITY))):  # a constant-depth twin is grey
         points = record.points
         tested = [p for p in points if p.test_error is not None]
         for axis, xs, ends in (
@@ -163,13 +163,14 @@ def plot_pruning(records: Sequence[Pruning], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_training(epochs: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw a run's losses and accuracies per epoch, as far as `summary.csv` has them."""
+def plot_training(epochs: Sequence[Mapping[str, float]], path: Path, constant: bool = False) -> None:
+    """Draw a run's losses and accuracies per epoch, as far as `summary.csv` has them; `constant` is constant depth."""
     figure, ((losses, accuracies),) = new_figure(2)
-    _draw_training(losses, accuracies, epochs, KEPT, 'top 1')
+    color = OTHER if constant else KEPT
+    _draw_training(losses, accuracies, epochs, color, 'top 1')
     if all('eval_top5' in epoch for epoch in epochs) and any(epoch['eval_top5'] < 100 for epoch in epochs):
         top5 = [epoch['eval_top5'] for epoch in epochs]
-        accuracies.plot(_passes(epochs), top5, '--', color=KEPT, label='top 5')
+        accuracies.plot(_passes(epochs), top5, '--', color=color, label='top 5')
     for axis in (losses, accuracies):
         if axis.has_data():
             axis.legend(fontsize=8, frameon=False)
@@ -180,7 +181,7 @@ def _draw_training(
     losses: Any, accuracies: Any, epochs: Sequence[Mapping[str, float]], color: str, title: str, named: bool = True
 ) -> None:
     for axis, key, style, label in (
-        (losses, 'train_loss', '--', 'training images' if named else None),
+        (losses, 'train_loss', '--', "training, the recipe's loss and images" if named else None),
         (losses, 'eval_loss', '-', 'test images' if named else None),
         (accuracies, 'eval_top1', '-', title),
     ):
@@ -191,7 +192,7 @@ def _draw_training(
     shown = [value for line in losses.get_lines() for value in line.get_ydata()]
     if shown and max(shown) > 10 * min(shown) > 0:
         losses.set_yscale('log')
-    losses.set_ylabel('cross entropy')
+    losses.set_ylabel('loss (cross entropy)')
     accuracies.set_ylabel('test accuracy (%)')
     for axis in (losses, accuracies):
         axis.set_xlabel('epoch')

@@ -19,6 +19,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from .datasets import NAME, write_fashion_mnist
 
@@ -143,8 +146,8 @@ def run(
 
     Raises:
         FileNotFoundError: The script is missing.
-        RuntimeError: A cell failed; the others were finished.
-        ValueError: There is no cell of that name, or the data set is not the published one.
+        RuntimeError: A cell failed; the others were finished. Or another study runs in `work`.
+        ValueError: There is no cell of that name, a record is another's, or the data set is not the published one.
     """
     scale = scale or Scale()
     if not script.is_file():
@@ -152,10 +155,45 @@ def run(
     known = {cell.name: cell for cell in cells}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f'cells must be among {", ".join(known)}, got {", ".join(unknown)}')
-    waiting = [known[name] for name in names or known if not (out / f'{name}.json').is_file()]
-    print(f'{len(names or known) - len(waiting)} cells are finished, {len(waiting)} to run', flush=True)
+    wanted = [known[name] for name in dict.fromkeys(names or known)]
+    waiting = []
+    for cell in wanted:
+        path = out / f'{cell.name}.json'
+        if not path.is_file():
+            waiting.append(cell)
+        elif read_record(path, cell)['scale'] != dataclasses.asdict(scale):
+            raise ValueError(f'{path} is a record of another scale; give another --out')
+    print(f'{len(wanted) - len(waiting)} cells are finished, {len(waiting)} to run', flush=True)
     if not waiting:
         return
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(work / 'lock', timeout=0):
+            _run(waiting, scale, script, data, work, out, jobs)
+    except Timeout as error:
+        raise RuntimeError(f'another study runs in {work}; give another --work') from error
+
+
+def read_record(path: Path, cell: Cell) -> dict[str, Any]:
+    """A finished cell.
+
+    Raises:
+        ValueError: The file is damaged, or another cell's.
+    """
+    try:
+        record = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{path} is damaged: {error}') from error
+    own = {**dataclasses.asdict(cell), 'flags': list(cell.flags)}
+    complete = isinstance(record, dict) and {'scale', 'survival_probs', 'steps_per_epoch', 'epochs', 'analysis'} <= set(
+        record
+    )
+    if not complete or {key: record.get(key) for key in own} != own:
+        raise ValueError(f'{path} is not a record of {cell.name}; remove it to run that cell again')
+    return record
+
+
+def _run(waiting: list[Cell], scale: Scale, script: Path, data: Path, work: Path, out: Path, jobs: int) -> None:
     write_fashion_mnist(work / 'images', images=scale.images, source=data)
     write_fashion_mnist(work / 'images_padded', pad=4, images=scale.images, source=data)
     out.mkdir(parents=True, exist_ok=True)
@@ -198,7 +236,8 @@ def _start(cell: Cell, scale: Scale, script: Path, work: Path, out: Path) -> sub
         'data': str(data.absolute()),
         'record': str((out / f'{cell.name}.json').absolute()),
     }
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(PACKAGE.parent)}
+    path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get('PYTHONPATH'))))
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path}
     with (work / f'{cell.name}.log').open('wb') as log:
         return subprocess.Popen(
             [sys.executable, '-m', f'{__package__}.study_cell', json.dumps(settings)],

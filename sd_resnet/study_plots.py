@@ -38,20 +38,23 @@ def plot_study(records: Records, folder: Path) -> list[Path]:
 
 def _plot_curves(records: Records, path: Path) -> None:
     """Fig. 3 of the paper: training loss and test error, thin lines for seeds."""
-    figure, axes = new_figure(2, height=6.2, rows=2)
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    figure, axes = new_figure(2, height=6.2, rows=2, sharex='col')
     for (augmented, setting), (errors, losses) in zip(SETTINGS, axes.T):
         for method, title in TITLES.items():
             of_method = records.of(method, augmented)
-            _draw(errors, of_method, 'test_error', METHODS[method], title)
+            _draw(errors, of_method, 'test_error', METHODS[method], title, marker='.')
             _draw(losses, of_method, 'train_loss', METHODS[method], title)
         errors.set_title(setting, fontsize=11)
         errors.set_ylabel('test error (%)')
         losses.set_ylabel('training loss (cross entropy)')
         losses.set_yscale('log')
         losses.set_xlabel('epoch')
-        last = [record['epochs']['test_error'][-1] for m in TITLES for record in records.of(m, augmented)]
-        if last:
-            errors.set_ylim(min(last) - 1, max(last) + 6)
+        errors.set_yscale('log')
+        errors.yaxis.set_major_locator(FixedLocator([10, 12, 15, 20, 30, 50, 90]))
+        errors.yaxis.set_major_formatter('{x:g}')
+        errors.yaxis.set_minor_locator(NullLocator())
         for axis in (errors, losses):
             if axis.has_data():
                 axis.legend(fontsize=8, frameon=False)
@@ -83,9 +86,10 @@ def _plot_sweep(records: Records, path: Path) -> None:
     for schedule, marker in (('linear', 'o'), ('uniform', 's')):
         points, color = sweep(records, schedule), METHODS[f'{schedule}-0.5']
         axis.plot(list(points), list(points.values()), f'{marker}-', color=color, markersize=6, label=schedule)
+    hollow = {'markersize': 9, 'markerfacecolor': 'none', 'markeredgewidth': 1.5}  # linear's point shows through
     for method, label in (('row-0.5', "row mode, timm's rule"), ('subset-0.5', 'subset mode, linear')):
         for record in records.of(method):
-            axis.plot(0.5, final_error(record), 'D', color=METHODS[method], markersize=6, label=label)
+            axis.plot(0.5, final_error(record), 'D', color=METHODS[method], **hollow, label=label)
     constant = sweep(records, 'linear').get(1.0)
     if constant is not None:
         axis.axhline(constant, color=METHODS[CONSTANT], linestyle='--', label='constant depth')
@@ -128,7 +132,9 @@ def _plot_parts(records: Records, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _draw(axis: Any, records: Sequence[Record], key: str, color: str, title: str, smooth: int = 1) -> None:
+def _draw(
+    axis: Any, records: Sequence[Record], key: str, color: str, title: str, smooth: int = 1, marker: str = ''
+) -> None:
     """Each seed thin, their mean thick; epochs without a value are left out."""
     curves = []
     for record in records:
@@ -137,7 +143,7 @@ def _draw(axis: Any, records: Sequence[Record], key: str, color: str, title: str
         numbers = list(points.values())
         curve = [statistics.fmean(numbers[max(0, i - smooth + 1) : i + 1]) for i in range(len(numbers))]
         curves.append(curve)
-        axis.plot(list(points), curve, color=color, linewidth=0.6, alpha=0.5)
+        axis.plot(list(points), curve, color=color, linewidth=0.6, alpha=0.5, marker=marker, markersize=3)
     if curves:
         mean = [statistics.fmean(values) for values in zip(*curves)]
         axis.plot(list(points), mean, color=color, linewidth=1.8, label=title)

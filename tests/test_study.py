@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 from sd_resnet import cli, datasets, study, study_cell
@@ -84,9 +85,10 @@ def test_the_claims_follow_from_the_records(records):
     # errors: 14 + 8 exp(-19/4) and 13 + 8 exp(-19/9), and 0.1 more per seed; depths 11.05 and 10.95
     assert 'constant 14.17 ± 0.10 (3 seeds), p_L = 0.5 14.07 ± 0.10 (3 seeds) %' in claims
     assert 'undecided: +0.10 points, standard error 0.08' in claims
-    assert 'yes: 0.78 to 0.78' in claims  # 3.1 of 4 seconds
+    assert 'yes: 0.78 to 0.78; +0.039 from the share of FLOPs' in claims  # 3.1 of 4 seconds, 0.736
+    assert 'yes, by the means over seeds' in claims
     assert '11.000 in 1,800 steps; L = 15: 11.00' in claims
-    assert '3 removed: +15.2 and +3.2 points' in claims
+    assert '4 removed: +20.2 and +4.2 points' in claims
     assert 'yes: less at 10 of 10 numbers' in claims
     record = json.loads((records / 'linear-0.5-seed0.json').read_text())
     record['epochs']['depth'] = [9.0] * 20
@@ -128,9 +130,33 @@ def test_the_card_takes_the_claims_between_its_markers(records, tmp_path):
     assert text.startswith(f'before\n{CLAIMS[0]}\n| claim')
     assert text.endswith(f'](records/sub_networks.png)\n{CLAIMS[1]}\nafter\n')
     assert '\nold\n' not in text
-    card.write_text('no markers')
-    with pytest.raises(ValueError, match='must hold the lines'):
-        write_report(records, card)
+    for wrong in ('no markers', f'{CLAIMS[1]}{CLAIMS[0]}', f'{CLAIMS[0]} {CLAIMS[1]} a line on {CLAIMS[1]}, and more'):
+        card.write_text(wrong)
+        with pytest.raises(ValueError, match='must hold the lines'):
+            write_report(records, card)
+        assert card.read_text() == wrong
+
+
+def test_records_of_something_else_are_named(records, fashion, tmp_path, capsys):
+    script = tmp_path / 'train.py'
+    script.touch()
+    path = records / 'constant-seed1.json'
+    good = json.loads(path.read_text())
+    common = ['study', '--out', str(records)]
+    for wrong in ({}, [], {**good, 'seed': 2}, {key: good[key] for key in good if key != 'epochs'}):
+        path.write_text(json.dumps(wrong))
+        assert cli.main([*common, '--report']) == 1
+        assert 'constant-seed1.json is not a record of constant-seed1' in one_line(capsys)
+        assert cli.main([*common, '--script', str(script), '--data', str(fashion)]) == 1  # nor is it a finished cell
+        assert 'remove it to run that cell again' in one_line(capsys)
+    path.write_text('{')
+    assert cli.main([*common, '--report']) == 1
+    assert 'constant-seed1.json is damaged' in one_line(capsys)
+    path.write_text(json.dumps({**good, 'scale': {**good['scale'], 'images': 200}}))
+    assert cli.main([*common, '--report']) == 1
+    assert 'records of several scales' in one_line(capsys)
+    assert cli.main([*common, '--script', str(script), '--data', str(fashion)]) == 1
+    assert 'a record of another scale' in one_line(capsys)
 
 
 def test_what_is_published_is_what_the_command_writes(tmp_path):
@@ -235,14 +261,27 @@ def test_unknown_cells_and_a_missing_script_are_named(fashion, tmp_path, capsys)
     assert cli.main([*common, '--script', str(tmp_path / 'train.py'), '--cells', 'linear']) == 1
     assert 'cells must be among constant-seed0' in one_line(capsys)
     assert cli.main(common) == 2
+    assert cli.main(['study', '--report', '--cells', 'constant-seed0']) == 2
+    assert cli.main([*common, '--card', 'card.md']) == 2
+
+
+def test_two_studies_do_not_share_a_work_folder(fashion, tmp_path, capsys):
+    (tmp_path / 'train.py').touch()
+    (tmp_path / 'work').mkdir()
+    common = ['study', '--data', str(fashion), '--work', str(tmp_path / 'work'), '--out', str(tmp_path / 'out')]
+    with FileLock(tmp_path / 'work' / 'lock'):
+        assert cli.main([*common, '--script', str(tmp_path / 'train.py')]) == 1
+    assert 'another study runs in' in capsys.readouterr().err
 
 
 def test_a_failing_cell_leaves_no_record_and_the_others_go_on(fashion, tmp_path, capsys):
     """A script that ends at once stands for timm's."""
     (tmp_path / 'train.py').write_text("import sys; sys.exit('out of memory')")
     with pytest.raises(RuntimeError, match='failed: constant-seed0; the logs are in'):
-        study.run(tmp_path / 'train.py', fashion, tmp_path / 'work', tmp_path / 'out', ['constant-seed0'], scale=SCALE)
-    assert 'constant-seed0: failed, see' in capsys.readouterr().out
+        study.run(
+            tmp_path / 'train.py', fashion, tmp_path / 'work', tmp_path / 'out', ['constant-seed0'] * 2, scale=SCALE
+        )
+    assert capsys.readouterr().out.count('constant-seed0: failed, see') == 1
     assert 'out of memory' in (tmp_path / 'work' / 'constant-seed0.log').read_text()
     assert list((tmp_path / 'out').iterdir()) == []
 
