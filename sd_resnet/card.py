@@ -16,6 +16,7 @@ from .records import Run
 from .resnet_imagenet import StochasticResNet
 
 UNKNOWN = 'not recorded'
+OWNER = 'USER'  # in a card, until it is published
 # Of `args.yaml`, in the order of the card; the rest is in the file.
 _RECIPE = (
     *('epochs', 'batch_size', 'grad_accum_steps', 'opt', 'lr', 'lr_base', 'lr_base_size', 'lr_base_scale', 'momentum'),
@@ -129,6 +130,7 @@ def model_card(record: dict[str, Any], run: Run, repo_id: str) -> ModelCard:
         license=record['license'] or UNKNOWN,
         dataset=dataset,
         curve=bool(run.epochs),
+        packaged=bool(run.args.get('packaged')),
         recipe=_recipe(record, run.args),
         limits=_LIMITS + (f' {NO_PLAIN_CIFAR}.' if record['folded'] is False and record['plain'] else ''),
     )
@@ -146,11 +148,13 @@ def _recipe(record: dict[str, Any], args: dict[str, Any]) -> list[tuple[str, str
         if without or (name.startswith('lr_base') and args.get('lr') is not None):
             continue
         label = 'batch size of each device' if name == 'batch_size' else name.replace('_', ' ')
+        if name == 'opt' and value == 'sgd':
+            value = 'sgd (with Nesterov momentum, as timm builds it)'
         rows.append((label, ', '.join(map(str, value)) if isinstance(value, list) else str(value)))
     for label, key in (
         ('hardware', 'hardware'),
         ('source commit', 'source_commit'),
-        ('mean and spread over runs, against constant depth', 'baseline'),
+        ('for comparison', 'baseline'),
     ):
         rows.append((label, str(args.get(key) or UNKNOWN)))
     rows.append(('published with', ', '.join(f'{k} {v}' for k, v in record['published_with'].items())))

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from timm.models import save_for_hf
 
-from .card import describe, model_card
+from .card import OWNER, describe, model_card
 from .checkpoints import to_resnet
 from .costs import model_cost
 from .failures import VerificationError, explain
@@ -76,7 +76,8 @@ def prepare(
     """Write exactly what is to be sent to a new folder.
 
     Args:
-        source: A run folder, or a finished repository folder, which is taken as it is.
+        source: A run folder, or a finished repository folder, which is taken as it is but for the owner `USER` in
+            its card.
         out: The new folder.
         repo_id: `USER/NAME`.
         checkpoint: File name in the run folder; see `read_run`.
@@ -106,8 +107,16 @@ def prepare(
     if refused := [f'--{name}' for name, value in given.items() if value]:
         raise ValueError(f'{source} is a finished repository: {", ".join(refused)} must be given when it is written')
     verify(str(source), report=lambda line: None)
-    _check_card(source, repo_id)
-    return Path(shutil.copytree(source, out))
+    shutil.copytree(source, out)
+    try:
+        card, name = out / CARD, repo_id.split('/')[-1]
+        text = card.read_text(encoding='utf-8')
+        card.write_text(text.replace(f'{OWNER}/{name}', repo_id), encoding='utf-8')
+        _check_card(out, repo_id)
+    except BaseException:
+        shutil.rmtree(out)
+        raise
+    return out
 
 
 def read_listing(listing: Path) -> list[tuple[Path, str, bool]]:
@@ -188,8 +197,9 @@ def write_repository(
             columns = list(run.epochs[-1])
             rows = [columns, *([f'{epoch.get(c, float("nan")):.10g}' for c in columns] for epoch in run.epochs)]
             (part / 'summary.csv').write_text(''.join(f'{",".join(row)}\n' for row in rows), encoding='utf-8')
-            plot_training(run.epochs, part / 'training.png')
-        plot_costs(cost, part / 'survival.png')
+            plot_training(run.epochs, part / 'training.png', constant=record['survival']['last'] == 1)
+        if record['survival']['last'] < 1:
+            plot_costs(cost, part / 'survival.png')
         model_card(record, run, repo_id).save(part / CARD)
         loaded = check_contents(part, str(out))
         check_function(trained, loaded, f'{out} computes something else than was trained; this is a bug of sd_resnet')

@@ -25,13 +25,14 @@ from timm.utils import AverageMeter, CheckpointSaver, ModelEmaV3, accuracy, rand
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .card import OWNER
 from .checkpoints import read_checkpoint
 from .hub import write_repository
 from .plots import plot_quickstart
 from .records import read_run
 
 ARCHITECTURE = 'sd_resnet20_cifar'
-REPO_ID = f'USER/{ARCHITECTURE}.digits'  # of the card, for whoever publishes it
+REPO_ID = f'{OWNER}/{ARCHITECTURE}.digits'
 IMAGES = 1797
 SIZE = 16  # pixels; the digits have 8, and 32 would cost four times as much without being more accurate
 RECIPE: dict[str, Any] = dict(

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from . import datasets
+from .card import OWNER
 from .checkpoints import save_tensors
 from .evaluation import Accuracy, evaluate
 from .hub import write_repository
@@ -20,6 +21,7 @@ from .records import Run, read_run
 from .verification import CARD, RECORD, WEIGHTS, check_contents, file_hash
 
 INDEX = 'README.md'
+TITLE = '# Released weights'
 MEASURED = 'the accuracy was measured again in float32, by sd-resnet evaluate'
 PADDED = (  # where the recipe's crop shows it
     'training images zero-padded by 4 pixels (sd-resnet data fashion-mnist --pad 4), of which the crop cuts 28 x 28: '
@@ -35,7 +37,7 @@ def release(
     *,
     checkpoint: str = 'last.pth.tar',
     half: bool = False,
-    user: str = 'USER',
+    user: str = OWNER,
     hardware: str = 'CPU, one thread',
     baseline: str | None = None,
 ) -> tuple[Path, Accuracy]:
@@ -57,10 +59,12 @@ def release(
         baseline: What the same recipe reaches otherwise, for the card.
 
     Raises:
-        ValueError: The run was not trained on Fashion-MNIST, or `tag` is not a name.
+        ValueError: The run was not trained on Fashion-MNIST, `tag` is not a name, or the folder's README.md is not the
+            index.
     """
     if not tag.isidentifier():
         raise ValueError(f'tag must be a name of letters, digits and underscores, got {tag!r}')
+    _check_index(weights)
     run = read_run(run_folder, checkpoint)
     if run.args.get('dataset') != datasets.NAME:
         raise ValueError(f'{run_folder} was trained on {run.args.get("dataset")!r}, not on {datasets.NAME}')
@@ -73,14 +77,15 @@ def release(
         reached = evaluate(run.model(), data)
     run.metrics = {'eval_loss': reached.loss, 'eval_top1': reached.top1, 'eval_top5': reached.top5}
     run.label_names = list(datasets.LABELS)
+    config: Any = run.model().pretrained_cfg
     if run.args.get('scale') == [0.605, 0.605]:
-        size = run.args['input_size'][-1]
+        size = config['input_size'][-1]
         notes.insert(0, PADDED if size == 28 else f'{PADDED}, resized to {size} x {size}')
     if run.args.get('resume'):
         notes.append(_resumed(run))
-    run.args |= {'hardware': hardware, 'baseline': baseline, 'notes': '; '.join(notes)}
+    run.args |= {'hardware': hardware, 'baseline': baseline, 'notes': '; '.join(notes), 'packaged': True}
 
-    name = f'{run.args["model"].split(".")[0]}.{tag}'
+    name = f'{config["architecture"]}.{tag}'
     part = weights / f'{name}.new'
     try:
         write_repository(run, part, f'{user}/{name}', license='apache-2.0', dataset=datasets.HUB_ID)
@@ -95,6 +100,11 @@ def release(
     return weights / name, reached
 
 
+def _check_index(weights: Path) -> None:
+    if (weights / INDEX).is_file() and not (weights / INDEX).read_text(encoding='utf-8').startswith(TITLE):
+        raise ValueError(f'{weights / INDEX} is not an index of released weights, and would be overwritten')
+
+
 def _resumed(run: Run) -> str:
     """A longer schedule than the one before shows in the learning rate: it rises after the warm-up."""
     note = 'the training went on from a checkpoint (--resume)'
@@ -105,9 +115,14 @@ def _resumed(run: Run) -> str:
 
 
 def write_index(weights: Path) -> Path:
-    """`README.md`: a table of what the folders hold, read from their records and cards."""
+    """`README.md`: a table of what the folders hold, read from their records and cards.
+
+    Raises:
+        ValueError: There is a README.md that is not the index.
+    """
+    _check_index(weights)
     lines = [
-        '# Released weights',
+        TITLE,
         '',
         'Written by `sd-resnet release`. Each folder is exactly a repository of the Hugging Face Hub. They come with',
         'the package, so `timm.create_model(NAME, pretrained=True)` needs no network.',

@@ -205,6 +205,9 @@ def test_a_finished_folder_goes_only_where_its_card_says(server, run_folder, tmp
     assert cli.main(['push', str(ready), '--repo-id', 'me/other', '--dry-run', str(again)]) == 1
     assert not again.exists()
     assert push(ready) == 0
+    nobody = publishing.prepare(run_folder, tmp_path / 'nobody', f'USER/{REPO.split("/")[1]}')
+    assert push(nobody) == 0  # an owner is put in the placeholder's place
+    assert server.files(REPO)['README.md'] == (ready / 'README.md').read_bytes()
     weights = bytearray((ready / 'model.safetensors').read_bytes())
     weights[-5] ^= 255
     (ready / 'model.safetensors').write_bytes(weights)

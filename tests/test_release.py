@@ -52,6 +52,7 @@ def test_a_release_does_what_its_card_says(trained, fashion, tmp_path, half):
     assert record['metrics']['eval_top1'] == reached.top1
     assert "convert('L')" in card
     assert 'zero-padded by 4 pixels' in card
+    assert "timm.create_model('sd_resnet20_cifar.fmnist', pretrained=True)" in card
     assert 'zalando-datasets/fashion_mnist' in card
     assert json.loads((folder / 'config.json').read_text())['label_names'] == list(datasets.LABELS)
     index = (tmp_path / 'weights' / 'README.md').read_text()
@@ -68,6 +69,9 @@ def test_the_card_of_a_constant_depth_twin_does_not_speak_of_dropped_blocks(trai
     card = (folder / 'README.md').read_text()
     assert 'trained at constant depth' in card
     assert 'a\ndropped block runs neither' not in card
+    assert 'each block' not in card
+    assert 'survival' not in card
+    assert not (folder / 'survival.png').exists()
 
 
 def test_the_card_of_a_resumed_training_says_where_a_longer_schedule_began(trained, fashion, tmp_path):
@@ -88,12 +92,23 @@ def test_a_release_needs_its_data_set_and_a_tag(trained, fashion, tmp_path, caps
     assert cli.main([*common, '--tag', 'a.b']) == 1
     assert "tag must be a name of letters, digits and underscores, got 'a.b'" in one_line(capsys)
     assert cli.main(common) == 2
+    assert cli.main([common[0], *common[2:], '--tag', 'fmnist']) == 2
+    assert 'give RUN' in capsys.readouterr().err
     args = yaml.safe_load((trained / 'args.yaml').read_text())
     (trained / 'args.yaml').write_text(yaml.safe_dump({**args, 'dataset': 'torch/cifar10'}))
     capsys.readouterr()
     assert cli.main([*common, '--tag', 'fmnist']) == 1
     assert "was trained on 'torch/cifar10'" in one_line(capsys)
     assert not (tmp_path / 'weights').exists()
+
+
+def test_a_release_overwrites_no_other_readme(trained, fashion, tmp_path, capsys):
+    (tmp_path / 'README.md').write_text('# My project')
+    for run in ([], [str(trained), '--tag', 'fmnist', '--data', str(fashion)]):
+        assert cli.main(['release', *run, '--weights', str(tmp_path)]) == 1
+        assert 'is not an index of released weights' in one_line(capsys)
+    assert (tmp_path / 'README.md').read_text() == '# My project'
+    assert not list(tmp_path.glob('sd_resnet*'))
 
 
 LOAD = """
