@@ -158,7 +158,7 @@ def plot_pruning(records: Sequence[Pruning], path: Path) -> None:
     for axis in (flops, latency):
         axis.set_ylabel('error (%)')
         axis.set_ylim(bottom=0)
-    flops.legend(fontsize=8, frameon=False)
+    figure.legend(*flops.get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=8, frameon=False)
     figure.suptitle('Blocks removed one by one, from right to left', fontsize=11)
     save_figure(figure, path)
 
