@@ -83,6 +83,11 @@ def describe(
     }
 
 
+def constant_depth(record: dict[str, Any]) -> bool:
+    """Was nothing ever dropped?"""
+    return min(record['survival']['probabilities']) == 1
+
+
 def model_card(record: dict[str, Any], run: Run, repo_id: str) -> ModelCard:
     """The card of a run, from `hub/model_card.md`; what the record does not hold is called "not recorded"."""
     metrics, dataset = record['metrics'], record['dataset'] or run.args.get('dataset') or UNKNOWN
@@ -130,6 +135,7 @@ def model_card(record: dict[str, Any], run: Run, repo_id: str) -> ModelCard:
         license=record['license'] or UNKNOWN,
         dataset=dataset,
         curve=bool(run.epochs),
+        constant=constant_depth(record),
         packaged=bool(run.args.get('packaged')),
         recipe=_recipe(record, run.args),
         limits=_LIMITS + (f' {NO_PLAIN_CIFAR}.' if record['folded'] is False and record['plain'] else ''),

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from timm.models import save_for_hf
 
-from .card import OWNER, describe, model_card
+from .card import OWNER, constant_depth, describe, model_card
 from .checkpoints import to_resnet
 from .costs import model_cost
 from .failures import VerificationError, explain
@@ -107,15 +107,9 @@ def prepare(
     if refused := [f'--{name}' for name, value in given.items() if value]:
         raise ValueError(f'{source} is a finished repository: {", ".join(refused)} must be given when it is written')
     verify(str(source), report=lambda line: None)
+    card = _check_card(source, repo_id)
     shutil.copytree(source, out)
-    try:
-        card, name = out / CARD, repo_id.split('/')[-1]
-        text = card.read_text(encoding='utf-8')
-        card.write_text(text.replace(f'{OWNER}/{name}', repo_id), encoding='utf-8')
-        _check_card(out, repo_id)
-    except BaseException:
-        shutil.rmtree(out)
-        raise
+    (out / CARD).write_text(card, encoding='utf-8')
     return out
 
 
@@ -197,8 +191,8 @@ def write_repository(
             columns = list(run.epochs[-1])
             rows = [columns, *([f'{epoch.get(c, float("nan")):.10g}' for c in columns] for epoch in run.epochs)]
             (part / 'summary.csv').write_text(''.join(f'{",".join(row)}\n' for row in rows), encoding='utf-8')
-            plot_training(run.epochs, part / 'training.png', constant=record['survival']['last'] == 1)
-        if record['survival']['last'] < 1:
+            plot_training(run.epochs, part / 'training.png', constant_depth(record))
+        if not constant_depth(record):
             plot_costs(cost, part / 'survival.png')
         model_card(record, run, repo_id).save(part / CARD)
         loaded = check_contents(part, str(out))
@@ -301,12 +295,13 @@ def refuse_secrets(folder: Path) -> None:
             raise VerificationError(f'{path} holds a token of the Hub, nothing was sent; remove it, and revoke it')
 
 
-def _check_card(folder: Path, repo_id: str) -> None:
-    """A card must be of these weights, and say how to load them from where they go."""
+def _check_card(folder: Path, repo_id: str) -> str:
+    """A card must be of these weights, and say how to load them from where they go; it is returned with its owner."""
     try:
         card = (folder / CARD).read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
         raise VerificationError(f'{folder} holds no {CARD} of text; publish the run folder instead') from error
+    card = card.replace(f'{OWNER}/{repo_id.split("/")[-1]}', repo_id)
     if not re.search(rf'hf-hub:{re.escape(repo_id)}(?![\w./-])', card):
         raise VerificationError(
             f'{folder}/{CARD} tells how to load another repository than {repo_id}; publish under its name, or publish '
@@ -314,6 +309,7 @@ def _check_card(folder: Path, repo_id: str) -> None:
         )
     if file_hash(folder / WEIGHTS) not in card:
         raise VerificationError(f'{folder}/{CARD} does not name the sha256 of {WEIGHTS}; publish the run folder')
+    return card
 
 
 def _write_weights(run: Run, model: Any, folder: Path, license: str | None) -> None:

@@ -221,11 +221,11 @@ def claims_table(records: Records) -> str:
             (_error_claim(records, augmented=True), f'augmented-{pairs}'),
             (_curves_claim(records), pairs),
             (_time_claim(records), both),
-            (_depth_claim(records), both.replace('constant,', '')),
+            (_depth_claim(records), both.replace('{constant,linear-0.5}', 'linear-0.5')),
             (_gradient_claim(records), pairs),
             (_sweep_claim(records), linear),
             (_uniform_claim(records), uniform),
-            (_ensemble_claim(records), first),
+            (_ensemble_claim(records), 'linear-0.5-seed0'),
             (_removal_claim(records), first),
         )
     ]
@@ -311,7 +311,7 @@ def _gradient_claim(records: Records) -> list[str]:
         here = f'{statistics.fmean(stochastic):.1e} against {statistics.fmean(constant):.1e} in the last quarter'
         ratios = [late_gradient(s) / late_gradient(c) for c, s in records.pairs()]
         judged = 'yes' if min(stochastic) > max(constant) else 'no' if max(stochastic) < min(constant) else 'undecided'
-        verdict = f'{judged}: {min(ratios):.0f} to {max(ratios):.0f} times, by seed'
+        verdict = f'{judged}: {min(ratios):.0f} to {max(ratios):.0f} times, by seed' if ratios else judged
     return ['larger gradients of the first convolution, most of all late (Fig. 7)', here, 'larger, no figure', verdict]
 
 

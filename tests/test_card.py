@@ -101,6 +101,15 @@ def test_what_is_not_in_the_record_is_not_in_the_card(tmp_path):
     assert not (tmp_path / 'ready' / 'training.png').exists()
 
 
+def test_a_last_block_that_never_drops_is_not_constant_depth(tmp_path):
+    run = write_run(tmp_path / 'run', drop_path_schedule=[0.5] * 7 + [1.0])
+    text = write_card(run, tmp_path / 'ready').text
+    assert 'trained with stochastic depth' in text
+    assert "carry each block's survival" in text
+    assert '## Stochastic depth' in text
+    assert (tmp_path / 'ready' / 'survival.png').exists()
+
+
 def test_weights_that_nobody_measured_carry_no_accuracy(run_folder, tmp_path):
     assert (
         '`model_best.pth.tar`, moving average (EMA), epoch 1 (the first is 0)'

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +206,13 @@ def test_a_finished_folder_goes_only_where_its_card_says(server, run_folder, tmp
     assert cli.main(['push', str(ready), '--repo-id', 'me/other', '--dry-run', str(again)]) == 1
     assert not again.exists()
     assert push(ready) == 0
+    (tmp_path / 'cardless').mkdir()
+    for path in ready.iterdir():
+        if path.name != 'README.md':
+            shutil.copy(path, tmp_path / 'cardless')
+    capsys.readouterr()
+    assert push(tmp_path / 'cardless') == 1
+    assert 'cardless holds no README.md of text' in one_line(capsys)
     nobody = publishing.prepare(run_folder, tmp_path / 'nobody', f'USER/{REPO.split("/")[1]}')
     assert push(nobody) == 0  # an owner is put in the placeholder's place
     assert server.files(REPO)['README.md'] == (ready / 'README.md').read_bytes()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -120,6 +121,35 @@ def test_every_picture_is_drawn(records, tmp_path):
     drawn = plot_study(Records(records), tmp_path)
     assert [path.stem for path in drawn] == ['curves', 'gradient', 'sweep', 'sub_networks']
     assert all(path.read_bytes().startswith(b'\x89PNG') for path in drawn)
+
+
+def test_each_claim_names_cells_that_there_are(records):
+    """In the last column, in the shell's braces."""
+    write_report(records)
+    claims = (records / 'tables.md').read_text().split('## Cells')[0]
+    patterns = re.findall(r'`([^` ]*seed[^` ]*)` \|$', claims, re.MULTILINE)
+    assert len(patterns) == claims.count('\n| ') - 2
+    for pattern in patterns:
+        assert set(expanded(pattern)) <= {cell.name for cell in study.CELLS}, pattern
+
+
+def expanded(pattern):
+    found = re.search(r'\{([^{}]*,[^{}]*)\}', pattern)  # the shell leaves braces without a comma alone
+    if not found:
+        return [pattern]
+    return [
+        name
+        for part in found[1].split(',')
+        for name in expanded(pattern[: found.start()] + part + pattern[found.end() :])
+    ]
+
+
+def test_seeds_without_a_counterpart_are_reported(records):
+    for path in records.glob('*.json'):
+        if path.stem not in ('constant-seed0', 'linear-0.5-seed1'):
+            path.unlink()
+    assert len(write_report(records).missing) == len(study.CELLS) - 2
+    assert '| yes |' in (records / 'tables.md').read_text()  # of the gradients
 
 
 def test_the_card_takes_the_claims_between_its_markers(records, tmp_path):
