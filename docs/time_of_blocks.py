@@ -22,7 +22,8 @@ from torch import nn
 from sd_resnet.bench_report import environment
 from sd_resnet.costs import network_cost
 from sd_resnet.study import Scale
-from sd_resnet.study_report import CONSTANT, IMAGE_SIZE, Records, cpu_seconds
+from sd_resnet.study_claims import IMAGE_SIZE
+from sd_resnet.study_records import CONSTANT, Records, cpu_seconds
 
 NEVER = 1e-9  # a survival probability of 0 is refused
 

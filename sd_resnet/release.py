@@ -106,12 +106,12 @@ def _check_index(weights: Path) -> None:
 
 
 def _resumed(run: Run) -> str:
-    """A longer schedule than the one before shows in the learning rate: it rises after the warm-up."""
+    """Where a longer schedule began, the learning rate rises after the warm-up."""
     note = 'the training went on from a checkpoint (--resume)'
     warm = run.args.get('warmup_epochs') or 0
-    rises = (now for before, now in pairwise(run.epochs) if now.get('lr', 0) > before.get('lr', 0))
-    longer = next((int(epoch['epoch']) for epoch in rises if epoch['epoch'] > warm), None)
-    return note if longer is None else f'{note}, with a longer schedule from epoch {longer} on'
+    later = [(before, now) for before, now in pairwise(run.epochs) if now['epoch'] > warm]
+    rises = [str(int(now['epoch'])) for before, now in later if now.get('lr', 0) > before.get('lr', 0)]
+    return f'{note}, the learning rate rising again at epoch {" and ".join(rises)}' if rises else note
 
 
 def write_index(weights: Path) -> Path:

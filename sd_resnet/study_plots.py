@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .plots import METHODS, new_figure, save_figure
-from .study_report import CONSTANT, STOCHASTIC, Record, Records, drawn, final_error, sweep
+from .study_records import CONSTANT, STOCHASTIC, Record, Records, final_error, sweep
+from .study_report import drawn
 
 TITLES = {CONSTANT: 'constant depth', STOCHASTIC: 'stochastic depth, $p_L$ = 0.5'}
 SETTINGS = ((False, 'no augmentation'), (True, 'pad, crop and flip'))
@@ -104,7 +105,7 @@ def _plot_parts(records: Records, path: Path) -> None:
     """Averages of sub-networks, and blocks removed at test time."""
     figure, ((ensemble, removal),) = new_figure(2)
     for method, title in TITLES.items():
-        analysis = next((r['analysis'] for r in records.of(method) if r['analysis']), None)
+        analysis = records.analysis(method)
         if analysis is None:
             continue
         color = METHODS[method]

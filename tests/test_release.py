@@ -74,12 +74,14 @@ def test_the_card_of_a_constant_depth_twin_does_not_speak_of_dropped_blocks(trai
     assert not (folder / 'survival.png').exists()
 
 
-def test_the_card_of_a_resumed_training_says_where_a_longer_schedule_began(trained, fashion, tmp_path):
+def test_the_card_of_a_resumed_training_says_where_longer_schedules_began(trained, fashion, tmp_path):
     args = yaml.safe_load((trained / 'args.yaml').read_text())
     (trained / 'args.yaml').write_text(yaml.safe_dump({**args, 'resume': 'last.pth.tar', 'warmup_epochs': 1}))
     header, *_, last = (trained / 'summary.csv').read_text().splitlines()
-    longer = ', with a longer schedule from epoch 3 on'
-    for rates, said in (((0.01, 0.1, 0.05, 0.07), longer), ((0.01, 0.1, 0.05, 0.02), '')):
+    once = ', the learning rate rising again at epoch 3'
+    twice = ', the learning rate rising again at epoch 3 and 5'
+    warm = [0.01, 0.1, 0.05]
+    for rates, said in (([*warm, 0.07], once), ([*warm, 0.07, 0.02, 0.03], twice), ([*warm, 0.02], '')):
         rows = [','.join([str(epoch), *last.split(',')[1:-1], str(rate)]) for epoch, rate in enumerate(rates)]
         (trained / 'summary.csv').write_text('\n'.join([header, *rows]) + '\n')
         folder, _ = release(trained, 'fmnist', fashion, tmp_path / 'weights')

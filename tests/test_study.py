@@ -21,7 +21,8 @@ from sd_resnet import cli, datasets, study, study_cell
 from sd_resnet.evaluation import evaluate
 from sd_resnet.schedules import survival_probs
 from sd_resnet.study_plots import plot_study
-from sd_resnet.study_report import CLAIMS, Records, write_report
+from sd_resnet.study_records import Records
+from sd_resnet.study_report import CLAIMS, write_report
 
 from .conftest import images, make, one_line
 
