@@ -12,7 +12,6 @@ import re
 import secrets
 import socket
 import threading
-import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,10 +27,9 @@ LICENCES = ('apache-2.0', 'mit', 'bsd-3-clause', 'cc-by-4.0', 'other', 'unknown'
 class Fault:
     """What goes wrong with the next `times` requests whose method and path match.
 
-    `kind` is `status` (answer with the code `value`), `drop` (cut the connection after `value` bytes of the body, of
-    the request's where there is one),
-    `truncate` (send only `value` bytes, and say so), `flip` (invert the byte at `value`), `delay` (wait `value`
-    seconds), `etag` (announce the hash `value`) or `body` (send the bytes `value` instead).
+    `kind` is `status` (answer with the code `value`), `drop` (cut the connection after `value` bytes of the body, the
+    request's where there is one), `truncate` (send only `value` bytes, and say so), `flip` (invert the byte at
+    `value`), `etag` (announce the hash `value`) or `body` (send the bytes `value` instead).
     """
 
     kind: str
@@ -63,7 +61,8 @@ class Hub:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.token = f'hf_{secrets.token_hex(17)}'
-        self.repos, self.faults, self.requests, self.ranges, self.lock = {}, [], [], [], threading.RLock()
+        self.repos, self.faults, self.requests, self.ranges, self.messages = {}, [], [], [], []
+        self.lock = threading.RLock()
         self.before_commit = None  # called once, with the repository locked by nobody
         handler = type('BoundHandler', (Handler,), {'hub': self})
         self.servers = [ThreadingHTTPServer(('127.0.0.1', 0), handler) for _ in range(2)]
@@ -147,8 +146,6 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if self.fault and self.fault.kind == 'status':
                 raise Refused(self.fault.value, 'injected')
-            if self.fault and self.fault.kind == 'delay':
-                time.sleep(self.fault.value)
             given = (self.headers.get('Authorization') or '').removeprefix('Bearer ')
             if given and given != self.hub.token:
                 raise Refused(401, 'Invalid credentials in Authorization header')
@@ -291,8 +288,10 @@ class Handler(BaseHTTPRequestHandler):
             head, changes = self.revision(repo, branch), {}
             for line in lines:
                 value = line['value']
-                if line['key'] == 'header' and value.get('parentCommit') not in (None, head):
-                    raise Refused(412, 'A commit has happened since. Please refresh and try again.')
+                if line['key'] == 'header':
+                    if value.get('parentCommit') not in (None, head):
+                        raise Refused(412, 'A commit has happened since. Please refresh and try again.')
+                    self.hub.messages.append(value['summary'])
                 if line['key'] == 'file':
                     changes[value['path']] = self.hub.entry(value['path'], base64.b64decode(value['content']))
                 if line['key'] == 'lfsFile':

@@ -67,7 +67,7 @@ def test_importing_the_plugin_first_registers_once(python):
 def test_looking_for_timm_first_does_not_use_it_up(python):
     """transformers, accelerate and others call find_spec before they import."""
     code = """
-        import importlib.util, pkgutil
+        import importlib.util
         for _ in range(2):
             spec = importlib.util.find_spec('timm')
             assert spec.origin.endswith('__init__.py') and spec.submodule_search_locations
@@ -76,8 +76,6 @@ def test_looking_for_timm_first_does_not_use_it_up(python):
         print(timm.registry)
     """
     _ok(python(code), "['resnet50', 'sd_resnet50']")
-    code = 'import pkgutil; pkgutil.find_loader' if sys.version_info < (3, 12) else 'import pkgutil; pkgutil.get_data'
-    _ok(python(f'{code}; import timm; print(len(timm.registry))'), '2')
 
 
 def test_timm_looks_as_if_nobody_had_been_there(python):
@@ -178,13 +176,13 @@ def test_starting_it_imports_nothing_else(tmp_path):
     (tmp_path / '_sd_resnet_autoload.py').write_text((ROOT / '_sd_resnet_autoload.py').read_text())
     code = 'import sys, os; before = set(sys.modules)\n' + START + 'print(sorted(set(sys.modules) - before))'
     result = subprocess.run(
-        [sys.executable, '-c', code],
+        [sys.executable, '-S', '-c', code],  # without the .pth file, which has started it already where it is installed
         env={**os.environ, 'PYTHONPATH': str(tmp_path), 'SD_RESNET_AUTOLOAD': '1'},
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert result.stdout.strip() in ("['_sd_resnet_autoload']", '[]')  # [] where it is installed and started already
+    assert result.stdout.strip() == "['_sd_resnet_autoload']"
 
 
 def test_the_start_file_of_python_3_15_names_the_same_function():

@@ -10,6 +10,7 @@ import pickle
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 from timm.layers import convert_splitbn_model
 from timm.utils import CheckpointSaver, ModelEmaV3
@@ -76,7 +77,6 @@ def test_plain_resnets_of_timm_and_torchvision_load(library, target):
     if library == 'timm':
         plain = make('resnet18', full=True)
     else:
-        torchvision = pytest.importorskip('torchvision')
         plain = torchvision.models.resnet18(num_classes=10)
         plain.load_state_dict(make('resnet18', full=True).state_dict())
     model = make('sd_resnet18', full=True, **CONVENTIONS[target])

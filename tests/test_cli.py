@@ -79,7 +79,7 @@ def test_what_would_fail_after_the_work_fails_before_it(argv, monkeypatch, capsy
 
 
 def test_plot_writes_a_picture(tmp_path, capsys):
-    pytest.importorskip('matplotlib')
+    pytest.importorskip('matplotlib', reason='the pictures are drawn with matplotlib')
     assert cli.main(['plot', 'sd_resnet50', '--out', str(tmp_path / 'picture.png')]) == 0
     assert (tmp_path / 'picture.png').read_bytes().startswith(b'\x89PNG')
     assert 'picture.png' in capsys.readouterr().out

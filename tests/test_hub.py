@@ -123,11 +123,18 @@ def test_private_is_unreadable_without_the_token(server, run_folder, tmp_path, m
     assert 'hf auth login' in one_line(capsys)
 
 
+def test_what_comes_back_different_is_noticed(server, run_folder, capsys):
+    server.fail('flip', '/content/*', 5000)
+    assert push(run_folder) == 1
+    assert 'came back different' in one_line(capsys)
+
+
 def test_a_branch_of_its_own_leaves_main_alone(server, run_folder):
     server.put(REPO, {'notes.txt': b'mine'})
     assert push(run_folder, '--revision', 'tried', '--message', 'A try') == 0
     assert list(server.files(REPO)) == ['notes.txt']
     assert 'model.safetensors' in server.files(REPO, 'tried')
+    assert server.messages[-1] == 'A try'
     timm.create_model(f'hf-hub:{REPO}@tried', pretrained=True)
 
 
@@ -254,7 +261,7 @@ def test_the_token_is_nowhere(server, run_folder, tmp_path, capsys, caplog):
     assert not holding
 
 
-def test_a_record_that_holds_a_token_is_not_sent(server, run_folder, tmp_path, capsys):
+def test_a_record_that_holds_a_token_is_not_sent(server, run_folder, tmp_path, monkeypatch, capsys):
     args = yaml.safe_load((run_folder / 'args.yaml').read_text())
     (run_folder / 'args.yaml').write_text(yaml.safe_dump({**args, 'experiment': 'hf_' + 'a' * 34}))
     assert push(run_folder) == 1
@@ -266,6 +273,10 @@ def test_a_record_that_holds_a_token_is_not_sent(server, run_folder, tmp_path, c
     (ready / 'notes').write_text(f'my token is {server.token}')
     assert push(ready) == 1
     assert server.token not in one_line(capsys)
+    (ready / 'notes').write_text('my token is of-another-shape')
+    monkeypatch.setenv('HF_TOKEN', 'of-another-shape')
+    assert push(ready) == 1
+    assert 'notes holds a token' in one_line(capsys)
     assert not server.repos
 
 
@@ -431,8 +442,8 @@ def test_all_brings_the_hub_in_line_with_the_listing(server, run_folder, tmp_pat
     assert cli.main(['push', str(tmp_path / 'weights' / 'one'), '--repo-id', REPO, '--license', 'mit']) == 1
 
 
-def test_the_projects_own_listing_is_readable():
-    publishing.read_listing(Path(__file__).parent.parent / 'hub' / 'repos.yaml')
+def test_the_projects_own_listing_is_readable_and_nothing_is_published_yet():
+    assert publishing.read_listing(Path(__file__).parent.parent / 'hub' / 'repos.yaml') == []
 
 
 def test_a_large_model_is_resumed_where_the_connection_dropped(server, tmp_path):

@@ -247,6 +247,36 @@ def test_a_network_built_for_another_size_and_type_is_pruned_at_its_own(tmp_path
     assert record.points[0].flops == forward_flops(model.float(), (3, 32, 32))
 
 
+def test_the_block_whose_absence_costs_least_is_removed_and_of_equals_the_one_of_lower_loss(tmp_path, monkeypatch):
+    error = {5: 1.0, 1: 2.0, 7: 2.0, 0: 3.0, 2: 4.0, 4: 5.0, 8: 6.0}  # of each block's absence; 3 and 6 are fixed
+    loss = {**error, 7: 1.5}
+    real = pruning.subnetwork
+
+    def remembering(model, keep):
+        network = real(model, keep=keep)
+        network.absent = set(range(9)) - set(keep)
+        return network
+
+    monkeypatch.setattr(pruning, 'subnetwork', remembering)
+    monkeypatch.setattr(
+        pruning,
+        'error_and_loss',
+        lambda network, batches: (sum(map(error.get, network.absent)), sum(map(loss.get, network.absent))),
+    )
+    record, _ = prune(make('sd_resnet20_cifar', num_classes=2), 'net', write_images(tmp_path), progress=False)
+    assert [point.removed for point in record.points] == ['', *(record.blocks[index] for index in (5, 7, 1, 0, 2))]
+    assert [point.test_error for point in record.points] == [0, None, None, None, None, 12]
+
+
+def test_no_image_chooses_a_block_and_estimates_statistics(tmp_path, monkeypatch):
+    model = make('sd_resnet20_cifar', num_classes=2)
+    dataset = pruning._split(model, 'it', write_images(tmp_path), 'train')
+    monkeypatch.setattr(pruning, '_batches', lambda model, dataset, part: part)
+    held_out, statistics = pruning._training_images(model, dataset, 7)
+    assert (len(held_out), len(statistics)) == (7, 17)
+    assert sorted(held_out + statistics) == list(range(24))
+
+
 def test_long_names_of_blocks_do_not_run_into_other_columns():
     point = pruning.Point([0], 'layers.1.blocks.10', 1, 1.0, 0.0, 0.0)
     (line,) = (

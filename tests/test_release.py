@@ -216,6 +216,12 @@ def test_the_index_is_what_the_command_writes(tmp_path):
 
 
 @pytest.mark.parametrize('name', RELEASED)
+def test_released_folders_are_whole_repositories(name):
+    """Their files agree with each other: hashes, tensors, the settings of stochastic depth, what the card says."""
+    verification.verify(str(ROOT / 'weights' / name))
+
+
+@pytest.mark.parametrize('name', RELEASED)
 def test_released_weights_reach_their_stated_accuracy(name, tmp_path):
     """On the real test images: 1,000 of them, or all where SD_RESNET_TEST_ALL=1 asks for it, then to the last digit."""
     if not datasets.DEBIAN.is_dir():

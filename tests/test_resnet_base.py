@@ -8,6 +8,7 @@ import textwrap
 import pytest
 import timm
 import torch
+from timm.layers import freeze_batch_norm_2d
 
 from sd_resnet import survival_probs
 
@@ -186,6 +187,21 @@ def test_a_refused_set_drop_path_changes_nothing():
             model.set_drop_path(**kwargs)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert model.survival_probs == survival_probs(8)
+    attentive = make('sd_resnet18', block_args={'attn_layer': 'se'}, drop_path_rescale='train')
+    with pytest.raises(ValueError, match='rescale'):  # only from the second block on: the first one's p_l is 1
+        attentive.set_drop_path(rescale='test', schedule='timm')
+    assert {block.drop_path.rescale for block in attentive.blocks()} == {'train'}
+
+
+@torch.no_grad()
+def test_frozen_norms_are_rescaled_too():
+    """timm's freezing makes buffers of the weights; the branch must be scaled all the same."""
+    model, x = make('sd_resnet18', dtype=torch.float64), images(dtype=torch.float64)
+    freeze_batch_norm_2d(model)
+    assert not list(model.layer1[0].bn2.parameters())
+    expected = model(x)
+    model.set_drop_path(rate=0.2)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize('name', ['sd_resnet18', 'sd_resnet20_cifar'])

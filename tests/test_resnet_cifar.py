@@ -63,6 +63,12 @@ def test_the_classifier_can_be_changed_and_removed():
     assert model(x).shape == (4, 64, 8, 8)
 
 
+def test_dropout_is_the_heads_and_in_training_only():
+    model, features = make('sd_resnet20_cifar', drop_rate=0.5), torch.ones(4, 64, 8, 8)
+    assert (model.forward_head(features, pre_logits=True) == 1).all()
+    assert set(model.train().forward_head(features, pre_logits=True).unique().tolist()) == {0.0, 2.0}
+
+
 def test_layer_decay_groups_every_parameter():
     from timm.optim import param_groups_layer_decay
 

@@ -103,7 +103,7 @@ def test_the_claims_follow_from_the_records(records):
 
 
 def test_a_part_of_the_cells_is_reported_and_the_rest_named(records, tmp_path, capsys):
-    pytest.importorskip('matplotlib')
+    pytest.importorskip('matplotlib', reason='the pictures are drawn with matplotlib')
     for name in ('constant-seed0', 'augmented-constant-seed0', 'augmented-constant-seed1', 'augmented-constant-seed2'):
         (records / f'{name}.json').unlink()
     assert cli.main(['study', '--report', '--out', str(records)]) == 0
@@ -118,7 +118,7 @@ def test_a_part_of_the_cells_is_reported_and_the_rest_named(records, tmp_path, c
 
 
 def test_every_picture_is_drawn(records, tmp_path):
-    pytest.importorskip('matplotlib')
+    pytest.importorskip('matplotlib', reason='the pictures are drawn with matplotlib')
     drawn = plot_study(Records(records), tmp_path)
     assert [path.stem for path in drawn] == ['curves', 'gradient', 'sweep', 'sub_networks']
     assert all(path.read_bytes().startswith(b'\x89PNG') for path in drawn)
