@@ -131,7 +131,8 @@ def run(settings: Settings, progress: bool = True) -> list[Row]:
         ValueError: An argument is outside what is allowed.
     """
     cost = network_cost(settings.model, settings.size, settings.rate, settings.schedule)
-    return _measure(settings, _contestants(settings), cost.image_size, lambda name: cost, progress)
+    costs = {f'{settings.model}, {mode}': cost for mode in settings.modes}
+    return _measure(settings, _contestants(settings), cost.image_size, costs, progress)
 
 
 def grow(settings: Settings, models: Sequence[str], rates: Sequence[float], progress: bool = True) -> list[Growth]:
@@ -142,7 +143,12 @@ def grow(settings: Settings, models: Sequence[str], rates: Sequence[float], prog
         models: Architectures of this package.
         rates: 1 - p_L.
         progress: Show a bar.
+
+    Raises:
+        ValueError: An argument is outside what is allowed.
     """
+    if len(set(rates)) < len(rates):
+        raise ValueError(f'survival probabilities must be different ones, got {[1 - rate for rate in rates]}')
     growths = []
     for model in models:
         own = replace(settings, model=model, modes=(), peers=(), saved_steps=0)
@@ -150,7 +156,7 @@ def grow(settings: Settings, models: Sequence[str], rates: Sequence[float], prog
         contestants = {CONSTANT: _contestants(own)[CONSTANT]}
         for name, rate in zip(costs, rates):
             contestants[name] = _contestants(replace(own, rate=rate, modes=('batch',)))[f'{model}, batch']
-        constant, *rows = _measure(own, contestants, costs[name].image_size, costs.__getitem__, progress)
+        constant, *rows = _measure(own, contestants, costs[name].image_size, costs, progress)
         for row, rate in zip(rows, rates):
             assert row.bound is not None
             share = ratio(row, constant, statistics.fmean)
@@ -163,7 +169,7 @@ def _measure(
     settings: Settings,
     contestants: dict[str, Any],
     image_size: int,
-    cost_of: Callable[[str], NetworkCost],
+    costs: dict[str, NetworkCost],
     progress: bool,
 ) -> list[Row]:
     torch.manual_seed(settings.seed)
@@ -177,10 +183,9 @@ def _measure(
     for name, model in contestants.items():
         model.to(settings.device, memory_format=layout).train()
         rows[name] = Row(name)
-        own = list(drop_paths(model).values())
-        if own and name != CONSTANT:
-            cost = cost_of(name)
-            rows[name].bound = cost.expected_share if own[0].mode != 'row' else 1.0
+        if cost := costs.get(name):
+            mode = next(iter(drop_paths(model).values())).mode
+            rows[name].bound = cost.expected_share if mode != 'row' else 1.0
             shares[name] = _record_shares(model, settings.batch, cost)
         forwards[name] = _forward(model, images, labels, settings)
         steps[name] = _step(model, forwards[name])

@@ -25,6 +25,11 @@ _RECIPE = (
     *('model_ema_decay', 'seed', 'device', 'notes'),
 )
 _ONLY_WITH = {'amp_dtype': 'amp', 'model_ema_decay': 'model_ema'}
+_IN_TRAINING = {
+    'batch': 'a dropped block runs neither forward nor backward',
+    'subset': 'a block runs, forward and backward, for the samples that keep it and for no other',
+    'row': 'the branch of a sample that drops it is computed and multiplied by 0',
+}
 _LIMITS = (
     'Trained and tested on one data set and one split, by one run; nothing is known of other images. Scores are not '
     'calibrated probabilities.'
@@ -68,7 +73,8 @@ def describe(
             'expected_depth': round(trained.expected_depth, 3),
             'mode': trained.drop_path_mode,
             'rescale': trained.drop_path_rescale,
-            'share': round(cost.expected_share, 3),
+            'ramp': (run.args.get('model_kwargs') or {}).get('drop_path_ramp'),
+            'share': 1.0 if trained.drop_path_mode == 'row' else round(cost.expected_share, 3),
             'probabilities': [round(p, 6) for p in trained.survival_probs],
         },
         'preprocessing': {
@@ -86,6 +92,11 @@ def describe(
 def constant_depth(record: dict[str, Any]) -> bool:
     """Was nothing ever dropped?"""
     return min(record['survival']['probabilities']) == 1
+
+
+def skips_work(record: dict[str, Any]) -> bool:
+    """Did its training leave work out?"""
+    return not constant_depth(record) and record['survival']['mode'] != 'row'
 
 
 def model_card(record: dict[str, Any], run: Run, repo_id: str) -> ModelCard:
@@ -107,7 +118,7 @@ def model_card(record: dict[str, Any], run: Run, repo_id: str) -> ModelCard:
         )
         if key in metrics
     ]
-    name = repo_id.split('/')[-1]
+    name, survival, constant = repo_id.split('/')[-1], record['survival'], constant_depth(record)
     data = ModelCardData(
         library_name='timm',
         pipeline_tag='image-classification',
@@ -135,7 +146,10 @@ def model_card(record: dict[str, Any], run: Run, repo_id: str) -> ModelCard:
         license=record['license'] or UNKNOWN,
         dataset=dataset,
         curve=bool(run.epochs),
-        constant=constant_depth(record),
+        constant=constant,
+        ordinary=constant or record['plain'] or survival['rescale'] == 'train',  # no survival probabilities in them
+        skips=skips_work(record),
+        in_training=_IN_TRAINING[survival['mode']],
         packaged=bool(run.args.get('packaged')),
         recipe=_recipe(record, run.args),
         limits=_LIMITS + (f' {NO_PLAIN_CIFAR}.' if record['folded'] is False and record['plain'] else ''),

@@ -20,6 +20,7 @@ from timm.models import clean_state_dict
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from .failures import one_line
 from .resnet_base import StochasticDepthNet
 from .resnet_blocks import Stage
 from .resnet_imagenet import StochasticResNet
@@ -138,7 +139,9 @@ def to_resnet(model: nn.Module) -> nn.Module:
     return plain
 
 
-def export(path: str | Path, out: str | Path, architecture: str | None = None, use_ema: bool = True) -> str:
+def export(
+    path: str | Path, out: str | Path, architecture: str | None = None, use_ema: bool = True
+) -> tuple[str, dict[str, Any]]:
     """Write a checkpoint's weights as a plain timm ResNet's safetensors file, survival probabilities folded in.
 
     Args:
@@ -148,7 +151,7 @@ def export(path: str | Path, out: str | Path, architecture: str | None = None, u
         use_ema: Take the averaged weights where there are any.
 
     Returns:
-        The name of the architecture that the file is for.
+        The name of the architecture that the file is for, and what `timm.create_model` must be given beside it.
 
     Raises:
         FileExistsError: `out` exists.
@@ -173,13 +176,22 @@ def export(path: str | Path, out: str | Path, architecture: str | None = None, u
             model.load_state_dict(state_dict, assign=True)
             break
         except (RuntimeError, TypeError, KeyError, AttributeError) as error:
-            reason = ' '.join(str(error).split())[:200]
+            reason = one_line(error)
     else:
         if recorded is None:
             raise ValueError(f"{path} fits none of this package's architectures ({', '.join(architectures())})")
         raise ValueError(f'{path} is not a checkpoint of {names[0]}: {reason}')
     save_tensors(model.state_dict(), out)
-    return name.removeprefix('sd_') if isinstance(model, StochasticResNet) else name
+    if isinstance(model, StochasticResNet):
+        name = name.removeprefix('sd_')
+    else:
+        own['drop_path_rate'] = 0.0
+    usual: Any = timm.get_pretrained_cfg(name)
+    if model.num_classes != usual.num_classes:
+        own['num_classes'] = model.num_classes
+    if model.in_chans != usual.input_size[0]:
+        own['in_chans'] = model.in_chans
+    return name, own
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -253,15 +253,11 @@ def _growth(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from .checkpoints import NO_PLAIN_CIFAR, export
 
-    architecture = export(args.checkpoint, args.out, args.model, use_ema=not args.no_ema)
+    architecture, model_args = export(args.checkpoint, args.out, args.model, use_ema=not args.no_ema)
     if architecture.startswith('sd_'):
         print(f'note: {NO_PLAIN_CIFAR}')
-        rate = ', drop_path_rate=0'
-    else:
-        rate = ''
-    print(
-        f'wrote {args.out}; load it with timm.create_model({architecture!r}{rate}, checkpoint_path={str(args.out)!r})'
-    )
+    given = ', '.join(f'{key}={value!r}' for key, value in {**model_args, 'checkpoint_path': str(args.out)}.items())
+    print(f'wrote {args.out}; load it with timm.create_model({architecture!r}, {given})')
 
 
 def _push(args: argparse.Namespace) -> None:

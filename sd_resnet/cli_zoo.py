@@ -71,6 +71,8 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument('--weights', type=Path, default=Path('weights'), metavar='DIR', help='of all (%(default)s)')
     sub.add_argument('--half', action='store_true', help='store convolutions and classifier as bfloat16')
     sub.add_argument('--user', default='USER', metavar='NAME', help='owner of the repository, for the card')
+    sub.add_argument('--notes', metavar='TEXT', help='for the card, for example how the images were prepared')
+    sub.add_argument('--hardware', metavar='TEXT', help='that it was trained on, for the card')
     sub.add_argument('--baseline', metavar='TEXT', help='what the same recipe reaches otherwise, for the card')
 
 
@@ -139,13 +141,12 @@ def _release(args: argparse.Namespace) -> None:
     from .release import release, write_index
 
     if args.run_folder is None:
-        if args.tag or args.data or args.half or args.baseline:
+        if any((args.tag, args.data, args.half, args.notes, args.hardware, args.baseline)):
             raise UsageError('give RUN, the folder of a training run')
         print(f'wrote {write_index(args.weights)}')
         return
     if args.tag is None or args.data is None:
         raise UsageError('give --tag and --data with a run')
-    folder, found = release(
-        args.run_folder, args.tag, args.data, args.weights, half=args.half, user=args.user, baseline=args.baseline
-    )
+    options = {name: getattr(args, name) for name in ('half', 'user', 'notes', 'hardware', 'baseline')}
+    folder, found = release(args.run_folder, args.tag, args.data, args.weights, **options)
     print(f'wrote {folder}, top-1 {found.top1:.2f} %, error {100 - found.top1:.2f} %')

@@ -15,6 +15,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+TRACED = (
+    'a block in training mode cannot be traced: one random decision would be frozen into the graph; trace in '
+    'evaluation mode, or keep the blocks whole with timm.models.get_notrace_modules()'
+)
+
 
 def twin(function: Any) -> Any:
     """The same function with a code object of its own, by which the compiler knows a function."""

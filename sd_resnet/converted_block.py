@@ -17,7 +17,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .compiling import forward_by_mode, outside_compiler, own_code
+from .compiling import TRACED, forward_by_mode, outside_compiler, own_code
 from .functions import put_rows, skip, take_rows
 from .ramp import DropPathRamp, check_scriptable
 from .ranks import SharedGenerator, many_ranks
@@ -138,10 +138,7 @@ class ConvertedBlock(nn.Module):
         if not self.training or not (drop_path.drops or self.draws.ramp or self.decides_per_batch()):
             return self.plain_class.forward(self, x, *args, **kwargs)
         if isinstance(x, torch.fx.Proxy):
-            raise RuntimeError(
-                'a block in training mode cannot be traced: one random decision would be frozen into the graph; trace '
-                'in evaluation mode, or keep the blocks whole with timm.models.get_notrace_modules()'
-            )
+            raise RuntimeError(TRACED)
         if drop_path.mode == 'batch':
             return self._forward_per_batch(x, args, kwargs)
         if self.counts_steps:

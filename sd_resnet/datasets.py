@@ -20,8 +20,11 @@ import torch
 from timm.data import create_loader
 from torchvision.datasets import FashionMNIST
 
+from .failures import one_line
+
 NAME = 'torch/fashion_mnist'  # of timm's `--dataset`
 HUB_ID = 'zalando-datasets/fashion_mnist'
+SIZE = 28  # pixels
 LABELS = ('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
 DEBIAN = Path('/usr/share/datasets/fashion-mnist')  # where the package `dataset-fashion-mnist` puts its files
 RAW = Path('FashionMNIST') / 'raw'  # torchvision's layout
@@ -107,7 +110,7 @@ def _read(source: Path | None) -> dict[str, bytes]:
             FashionMNIST(folder, download=True)
         except (OSError, RuntimeError) as error:
             raise RuntimeError(
-                f'Fashion-MNIST could not be downloaded ({" ".join(str(error).split())[:150]}); on Debian the package '
+                f'Fashion-MNIST could not be downloaded ({one_line(error)}); on Debian the package '
                 'dataset-fashion-mnist holds it'
             ) from error
         return _checked(Path(folder) / RAW, '')

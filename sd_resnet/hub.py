@@ -19,10 +19,10 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from timm.models import save_for_hf
 
-from .card import OWNER, constant_depth, describe, model_card
+from .card import OWNER, constant_depth, describe, model_card, skips_work
 from .checkpoints import to_resnet
 from .costs import model_cost
-from .failures import VerificationError, explain
+from .failures import VerificationError, explain, one_line
 from .plots import plot_costs, plot_training
 from .records import Run, read_run
 from .verification import (
@@ -90,7 +90,7 @@ def prepare(
         FileExistsError: `out` exists.
         FileNotFoundError: `source` does not exist, or is neither.
         ValueError: A finished folder was given together with what only a run folder can take, or a name is not one.
-        VerificationError: The finished folder is damaged, or its card is another repository's.
+        VerificationError: The finished folder is damaged, its card is another repository's, or a file holds a token.
     """
     if out.exists():
         raise FileExistsError(f'{out} exists; remove it, or choose another folder')
@@ -108,8 +108,13 @@ def prepare(
         raise ValueError(f'{source} is a finished repository: {", ".join(refused)} must be given when it is written')
     verify(str(source), report=lambda line: None)
     card = _check_card(source, repo_id)
-    shutil.copytree(source, out)
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns('.git', '.cache'))  # of a clone or a download
     (out / CARD).write_text(card, encoding='utf-8')
+    try:
+        refuse_secrets(out)
+    except VerificationError:
+        shutil.rmtree(out)
+        raise
     return out
 
 
@@ -126,7 +131,7 @@ def read_listing(listing: Path) -> list[tuple[Path, str, bool]]:
     try:
         entries = yaml.safe_load(listing.read_text(encoding='utf-8')) or []
     except (yaml.YAMLError, OSError) as error:
-        raise ValueError(f'{listing} cannot be read: {" ".join(str(error).split())[:150]}') from error
+        raise ValueError(f'{listing} cannot be read: {one_line(error)}') from error
     keys = {'folder', 'repo_id', 'license', 'visibility'}
     found = []
     for entry in entries:
@@ -165,7 +170,7 @@ def write_repository(
     Raises:
         ModuleNotFoundError: matplotlib is missing.
         ValueError: The run's files do not belong together, or its network is timm's, converted.
-        VerificationError: What was written does not load; it is not left behind.
+        VerificationError: What was written does not load, or holds a token of the Hub; it is not left behind.
     """
     if run.converted:
         raise ValueError(
@@ -192,9 +197,10 @@ def write_repository(
             rows = [columns, *([f'{epoch.get(c, float("nan")):.10g}' for c in columns] for epoch in run.epochs)]
             (part / 'summary.csv').write_text(''.join(f'{",".join(row)}\n' for row in rows), encoding='utf-8')
             plot_training(run.epochs, part / 'training.png', constant_depth(record))
-        if not constant_depth(record):
+        if skips_work(record):
             plot_costs(cost, part / 'survival.png')
         model_card(record, run, repo_id).save(part / CARD)
+        refuse_secrets(part)
         loaded = check_contents(part, str(out))
         check_function(trained, loaded, f'{out} computes something else than was trained; this is a bug of sd_resnet')
         if out.exists():

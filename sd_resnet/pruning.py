@@ -14,24 +14,21 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import create_dataset, resolve_model_data_config
 from timm.models import save_for_hf
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Subset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms import Compose
 from tqdm import tqdm
 
 from .convert import own_input_size
-from .datasets import LABELS, NAME, RAW, evaluation_loader
+from .evaluation import evaluate, open_images, prepare
 from .records import read_run
 from .residual_search import copy_without_data
 from .subnetworks import Removable, blocks_of, subnetwork
 
 BATCH = 250
-TEST_IMAGES = 10**9  # all
 STATISTICS_IMAGES = 500
 LATENCY_RUNS = 50
 
@@ -101,7 +98,8 @@ def prune(
     Args:
         model: Of this package, or converted, trained on `data`.
         name: Of the network, for the record.
-        data: A folder with Fashion-MNIST in torchvision's layout, or with folders `train` and `validation` of images.
+        data: A folder with Fashion-MNIST in torchvision's layout, or one with folders `train`, and `validation` or
+            `val`, of images.
         share: Stop as soon as at most this share of the branches' FLOPs is left.
         images: Number of held-out images.
         progress: Show a bar.
@@ -121,10 +119,13 @@ def prune(
     if sum(branches[index] for index in blocks.fixed) > share * sum(branches):
         least = sum(branches[index] for index in blocks.fixed) / sum(branches)
         raise ValueError(f'share must be at least {least:.3f}, what blocks that change the shape need, got {share!r}')
-    training_images, test_images = _split(model, name, data, 'train'), _split(model, name, data, 'test')
+    training_images = _split(model, name, data, 'train')
+    _split(model, name, data, 'test')  # whether it is there is said before the search
     held_out, statistics_images = _training_images(model, training_images, images)
+    bar = tqdm(disable=not progress, desc=name, unit='network')
 
     def measured(kept: set[int], removed: str) -> tuple[Point, Any]:
+        bar.update()
         network = subnetwork(model, keep=sorted(kept))
         if len(kept) < len(blocks.names):
             estimate_statistics(network, statistics_images)
@@ -133,21 +134,18 @@ def prune(
         return Point(sorted(kept), removed, forward_flops(network, size), left, error, loss), network
 
     kept = set(range(len(blocks.names)))
-    point, network = measured(kept, '')
-    record, networks = Pruning(name, list(blocks.names), sum(len(y) for _, y in held_out), [point]), [network]
-    with tqdm(disable=not progress, desc=name, unit='network') as bar:
+    with bar:
+        point, network = measured(kept, '')
+        record, networks = Pruning(name, list(blocks.names), sum(len(y) for _, y in held_out), [point]), [network]
         while record.points[-1].branch_share > share:
-            candidates = []
-            for index in sorted(kept - blocks.fixed):
-                candidates.append(measured(kept - {index}, blocks.names[index]))
-                bar.update()
+            # one after another: they would not all fit into memory
+            candidates = (measured(kept - {index}, blocks.names[index]) for index in sorted(kept - blocks.fixed))
             point, network = min(candidates, key=lambda c: (c[0].held_out_error, c[0].held_out_loss))
             kept = set(point.kept)
             record.points.append(point)
             networks.append(network)
-    test = _batches(model, test_images, range(TEST_IMAGES))
     for place in (0, -1):
-        record.points[place].test_error = error_and_loss(networks[place], test)[0]
+        record.points[place].test_error = round(100 - evaluate(networks[place], data).top1, 6)
     return record, networks
 
 
@@ -288,14 +286,7 @@ def _shapes(network: nn.Module) -> dict[str, torch.Size]:
 
 def _split(model: Any, name: str, data: Path, split: str) -> Any:
     """The images, and labels that the model can tell apart."""
-    if (data / RAW).is_dir():
-        dataset, classes = create_dataset(NAME, root=str(data), split=split), len(LABELS)
-    else:
-        folder = {'train': 'train', 'test': 'validation'}[split]
-        if not (data / folder).is_dir():
-            raise FileNotFoundError(f'{data} holds neither {RAW} nor a folder "{folder}" of images')
-        dataset = create_dataset('', root=str(data), split=folder)
-        classes = len(dataset.reader.class_to_idx)
+    dataset, classes = open_images(data, split)
     if model.num_classes != classes:
         raise ValueError(f'{name} has {model.num_classes} classes, the {split} images in {data} have {classes}')
     return dataset
@@ -313,13 +304,9 @@ def _training_images(model: Any, dataset: Any, images: int) -> tuple[Any, Any]:
 
 
 def _batches(model: Any, dataset: Any, part: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """With the preprocessing of the model's configuration, grey or coloured as the model takes them."""
-    size = own_input_size(model)
-    dataset = copy.copy(dataset)
-    loader = evaluation_loader(dataset, {**resolve_model_data_config(model), 'input_size': size}, BATCH)
-    colours = 'L' if size[0] == 1 else 'RGB'
-    dataset.transform = Compose([lambda image: image.convert(colours), dataset.transform])
-    batches = torch.utils.data.DataLoader(Subset(loader.dataset, part[: len(dataset)]), batch_size=BATCH)
+    """With the preprocessing of the model's configuration."""
+    prepared = prepare(copy.copy(dataset), model, BATCH).dataset
+    batches = torch.utils.data.DataLoader(Subset(prepared, part), batch_size=BATCH)
     return [(x.to(_dtype(model)), y) for x, y in batches]
 
 

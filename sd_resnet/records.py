@@ -16,6 +16,7 @@ from timm.utils.misc import natural_key
 from torch import nn
 
 from .checkpoints import Checkpoint, architectures, build, read_checkpoint
+from .failures import one_line
 from .resnet_base import StochasticDepthNet
 
 # From a run's arguments to the model's, where the names differ.
@@ -24,6 +25,8 @@ _MODEL_ARGS = {
     'drop_path': 'drop_path_rate',
     'drop_block': 'drop_block_rate',
     'gp': 'global_pool',
+    'bn_momentum': 'bn_momentum',
+    'bn_eps': 'bn_eps',
 }
 
 
@@ -92,8 +95,9 @@ class Run:
         try:
             model.load_state_dict(state_dict)
         except RuntimeError as error:
-            reason = ' '.join(str(error).split())[:200]
-            raise ValueError(f'{self.file} does not fit the model of args.yaml, {self.name}: {reason}') from error
+            raise ValueError(
+                f'{self.file} does not fit the model of args.yaml, {self.name}: {one_line(error)}'
+            ) from error
         # Nothing else of the architecture's own configuration is true of these weights: neither its source nor licence.
         kept = ('architecture', 'first_conv', 'classifier', 'fixed_input_size')
         own = {key: model.pretrained_cfg[key] for key in kept if model.pretrained_cfg.get(key)}
@@ -145,7 +149,7 @@ def _read_args(path: Path) -> dict[str, Any]:
     try:
         args = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f'{path} is not YAML: {" ".join(str(error).split())[:150]}') from error
+        raise ValueError(f'{path} is not YAML: {one_line(error)}') from error
     if not isinstance(args, dict):
         raise ValueError(f'{path} must hold names and values, got {type(args).__name__}')
     return args
@@ -185,7 +189,7 @@ def _checkpoint_path(folder: Path, name: str | None) -> Path:
 
 
 def _without_folders(value: Any) -> Any:
-    """A record is published: where things lay on this machine is nobody's business."""
+    """A record is published: where things lay on this machine is nobody's business; what lies below stays named."""
     if isinstance(value, dict):
         return {key: _without_folders(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -193,7 +197,7 @@ def _without_folders(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     path = value.removeprefix('local-dir:')
-    absolute = PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute() or path.startswith('~')
+    absolute = PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute() or path.startswith(('~', '.'))
     return f'{value[: len(value) - len(path)]}{PureWindowsPath(path).name}' if absolute else value
 
 

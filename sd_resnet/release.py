@@ -18,15 +18,12 @@ from .checkpoints import save_tensors
 from .evaluation import Accuracy, evaluate
 from .hub import write_repository
 from .records import Run, read_run
-from .verification import CARD, RECORD, WEIGHTS, check_contents, file_hash
+from .verification import CARD, RECORD, check_contents, file_hash
+from .weights import WEIGHTS, released_folders
 
 INDEX = 'README.md'
 TITLE = '# Released weights'
 MEASURED = 'the accuracy was measured again in float32, by sd-resnet evaluate'
-PADDED = (  # where the recipe's crop shows it
-    'training images zero-padded by 4 pixels (sd-resnet data fashion-mnist --pad 4), of which the crop cuts 28 x 28: '
-    "the paper's augmentation"
-)
 
 
 def release(
@@ -38,7 +35,8 @@ def release(
     checkpoint: str = 'last.pth.tar',
     half: bool = False,
     user: str = OWNER,
-    hardware: str = 'CPU, one thread',
+    notes: str | None = None,
+    hardware: str | None = None,
     baseline: str | None = None,
 ) -> tuple[Path, Accuracy]:
     """Write a run's weights as a folder that is exactly a repository of the Hub, and a pretrained tag of timm.
@@ -55,7 +53,9 @@ def release(
         half: Store convolutions and classifier as bfloat16, which a wheel compresses further than float16; norm layers
             and survival probabilities stay float32.
         user: Owner of the repository, for the card.
-        hardware: What it was trained on.
+        notes: What the run's arguments do not say, for the card, for example how the images were prepared. Without
+            these three the card says what `args.yaml` does.
+        hardware: What it was trained on, for the card.
         baseline: What the same recipe reaches otherwise, for the card.
 
     Raises:
@@ -70,20 +70,18 @@ def release(
         raise ValueError(f'{run_folder} was trained on {run.args.get("dataset")!r}, not on {datasets.NAME}')
     state_dict = run.checkpoint.state_dict
     reached = evaluate(run.model(), data)
-    notes = [MEASURED]
+    said = [notes or run.args.get('notes'), MEASURED]
     if half:
-        notes.append(f'convolutions and classifier are stored as bfloat16; as trained they gave {reached.top1:.2f} %')
+        said.append(f'convolutions and classifier are stored as bfloat16; as trained they gave {reached.top1:.2f} %')
         state_dict.update({k: v.bfloat16().float() for k, v in state_dict.items() if v.ndim > 1})
         reached = evaluate(run.model(), data)
     run.metrics = {'eval_loss': reached.loss, 'eval_top1': reached.top1, 'eval_top5': reached.top5}
     run.label_names = list(datasets.LABELS)
     config: Any = run.model().pretrained_cfg
-    if run.args.get('scale') == [0.605, 0.605]:
-        size = config['input_size'][-1]
-        notes.insert(0, PADDED if size == 28 else f'{PADDED}, resized to {size} x {size}')
     if run.args.get('resume'):
-        notes.append(_resumed(run))
-    run.args |= {'hardware': hardware, 'baseline': baseline, 'notes': '; '.join(notes), 'packaged': True}
+        said.append(_resumed(run))
+    given = {'hardware': hardware, 'baseline': baseline, 'notes': '; '.join(filter(None, said)), 'packaged': True}
+    run.args |= {key: value for key, value in given.items() if value is not None}
 
     name = f'{config["architecture"]}.{tag}'
     part = weights / f'{name}.new'
@@ -131,7 +129,7 @@ def write_index(weights: Path) -> Path:
         '| name | trained on | test error | parameters | FLOPs of one image | weights | sha256 |',
         '| --- | --- | --- | --- | --- | --- | --- |',
     ]
-    for folder in sorted(path.parent for path in weights.glob(f'*/{WEIGHTS}')):
+    for folder in released_folders(weights).values():
         record: dict[str, Any] = yaml.safe_load((folder / RECORD).read_text(encoding='utf-8'))
         size = (folder / WEIGHTS).stat().st_size / 1e6
         lines.append(

@@ -17,7 +17,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .compiling import forward_by_mode, outside_compiler, own_code
+from .compiling import TRACED, forward_by_mode, outside_compiler, own_code
 from .functions import fork, gathered_again, join, put_rows, skip, take_rows
 from .ramp import DropPathRamp
 from .ranks import many_ranks
@@ -28,11 +28,6 @@ from .stochastic_depth import (
     draw_per_batch,
     draw_per_sample,
     scriptable_copy,
-)
-
-_TRACED = (
-    'a block in training mode cannot be traced: one random decision would be frozen into the graph; trace in '
-    'evaluation mode, or keep the blocks whole with timm.models.get_notrace_modules()'
 )
 
 
@@ -125,7 +120,7 @@ class ResidualBlock(nn.Module):
         if not self.drop_path.drops:
             decision = True
         elif isinstance(x, torch.fx.Proxy):
-            raise RuntimeError(_TRACED)
+            raise RuntimeError(TRACED)
         elif decision is None:
             self.check_alone()
             decision = draw_per_batch([self.drop_path])[0]
@@ -146,7 +141,7 @@ class ResidualBlock(nn.Module):
 
     def _forward_per_sample(self, x: Tensor, decision: Decision) -> Tensor:
         if isinstance(x, torch.fx.Proxy):
-            raise RuntimeError(_TRACED)
+            raise RuntimeError(TRACED)
         alone = decision is None
         if decision is None:
             decision = draw_per_sample([self.drop_path], x)[0]

@@ -25,8 +25,8 @@ RESCALES = ('test', 'train')
 _ONE = 2**60
 
 # What a block is told about one training step. Batch mode: is the block active? Row mode: the mask of the rows,
-# (N, 1, 1, 1). Subset mode: the first row of the window, in a compiled graph as a tensor of one number, on the input's
-# device. None: the block draws for itself.
+# (N, 1, ..., 1). Subset mode: the first row of the window, in a compiled graph as a tensor of one number, on the
+# input's device. None: the block draws for itself.
 Decision = bool | int | Tensor | None
 
 

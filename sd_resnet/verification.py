@@ -30,8 +30,9 @@ from .checkpoints import to_resnet
 from .failures import VerificationError, damage, explain, one_line
 from .resnet_base import StochasticDepthNet
 from .resnet_imagenet import StochasticResNet
+from .weights import CONFIG, WEIGHTS
 
-WEIGHTS, CONFIG, CARD, RECORD = 'model.safetensors', 'config.json', 'README.md', 'record.yaml'
+CARD, RECORD = 'README.md', 'record.yaml'
 OTHER_WEIGHTS = ('*.bin', '*.pth', '*.pt', '*.tar', '*.ckpt', '*.npz', '*.h5', '*.msgpack')
 # Of a configuration's `pretrained_cfg`: what would take weights from elsewhere, or other code to read them.
 _NOT_PUBLISHED = ('url', 'file', 'state_dict', 'custom_load')

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 from timm.models import PretrainedCfg
 from timm.models import adapt_input_conv as timm_adapt_input_conv
@@ -28,6 +29,15 @@ def weights_folder() -> Path | None:
     return None
 
 
+def released_folders(folder: Path) -> dict[str, Path]:
+    """Those of a folder of weights that are complete, by `<architecture>.<tag>`; one that is being written is not."""
+    return {
+        path.name: path
+        for path in sorted(folder.iterdir())
+        if path.name.count('.') == 1 and (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
+    }
+
+
 def released(*architectures: str) -> dict[str, PretrainedCfg]:
     """Pretrained configurations, read from the folders, by `<architecture>.<tag>`.
 
@@ -36,13 +46,13 @@ def released(*architectures: str) -> dict[str, PretrainedCfg]:
     """
     folder = weights_folder()
     found = {}
-    for path in sorted(folder.iterdir()) if folder else ():
-        if path.name.split('.')[0] in architectures and (path / WEIGHTS).is_file():
+    for name, path in released_folders(folder).items() if folder else ():
+        if name.split('.')[0] in architectures:
             config = json.loads((path / CONFIG).read_text(encoding='utf-8'))
             own = {
                 key: value for key, value in config['pretrained_cfg'].items() if key not in ('tag', 'hf_hub_filename')
             }
-            found[path.name] = PretrainedCfg(**{**own, 'file': str(path / WEIGHTS)})
+            found[name] = PretrainedCfg(**{**own, 'file': str(path / WEIGHTS)})
     return found
 
 
@@ -56,9 +66,11 @@ def spread_stem(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Te
         state_dict: About to be loaded.
         model: That takes it.
     """
-    name: str = model.pretrained_cfg['first_conv']  # type: ignore[index, assignment]
+    config: Any = model.pretrained_cfg
+    name = (config or {}).get('first_conv')
+    if _TIMM_SPREADS or name is None:
+        return state_dict
     weight = state_dict.get(f'{name}.weight')
-    wanted = model.get_submodule(name).in_channels
-    if _TIMM_SPREADS or weight is None or weight.shape[1] != 1 or wanted == 1:
+    if weight is None or weight.shape[1] != 1 or model.get_submodule(name).in_channels == 1:
         return state_dict
     return {**state_dict, f'{name}.weight': (weight.float() / 3).repeat(1, 3, 1, 1)}

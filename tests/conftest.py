@@ -133,6 +133,12 @@ def write_run(folder, name='sd_resnet18', epochs=(41.5, 52.25), seed=0, **kwargs
     return folder
 
 
+def edit_args(run, **changes):
+    """Change a run's arguments."""
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    (run / 'args.yaml').write_text(yaml.safe_dump({**args, **changes}))
+
+
 @pytest.fixture
 def fashion(tmp_path, monkeypatch):
     """Files like Fashion-MNIST's, of 400 and 100 images of noise, taken for the published ones; their folder."""

@@ -261,9 +261,9 @@ class TestExport:
     @pytest.mark.parametrize('use_ema', [True, False])
     def test_timms_checkpoint_becomes_a_plain_resnets_file(self, run_folder, tmp_path, use_ema):
         folder, model, averaged = run_folder
-        name = export(folder / 'model_best.pth.tar', tmp_path / 'out.safetensors', use_ema=use_ema)
-        assert name == 'resnet18'
-        plain = timm.create_model(name, num_classes=7, in_chans=1)
+        name, model_args = export(folder / 'model_best.pth.tar', tmp_path / 'out.safetensors', use_ema=use_ema)
+        assert (name, model_args) == ('resnet18', {'num_classes': 7, 'in_chans': 1})
+        plain = timm.create_model(name, **model_args)
         plain.load_state_dict(load_file(tmp_path / 'out.safetensors'))
         reference, x = (averaged if use_ema else model), torch.randn(2, 1, 48, 48)
         with torch.no_grad():
@@ -274,9 +274,10 @@ class TestExport:
     def test_the_architecture_of_a_bare_safetensors_file_is_found(self, name, tmp_path):
         model = make(name, full=True)
         save_file(model.state_dict(), tmp_path / 'in.safetensors')
-        found = export(tmp_path / 'in.safetensors', tmp_path / 'out.safetensors')
+        found, model_args = export(tmp_path / 'in.safetensors', tmp_path / 'out.safetensors')
         assert found == (name if 'cifar' in name else name.removeprefix('sd_'))
-        plain = timm.create_model(found, num_classes=10, **({'drop_path_rate': 0} if 'cifar' in name else {}))
+        assert model_args == ({'drop_path_rate': 0} if 'cifar' in name else {'num_classes': 10})
+        plain = timm.create_model(found, **model_args)
         plain.load_state_dict(load_file(tmp_path / 'out.safetensors'))
         assert _agree(plain, model)
 

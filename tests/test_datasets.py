@@ -2,6 +2,7 @@
 
 import gzip
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +99,13 @@ def test_a_folder_is_left_as_it_is_or_refused(fashion, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in (folder / datasets.RAW).iterdir()}
     with pytest.raises(FileExistsError, match='holds other images'):
         datasets.write_fashion_mnist(folder, source=fashion)
+
+
+def test_the_command_passes_its_options(monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(datasets, 'write_fashion_mnist', lambda *args: given.append(args) or args[0])
+    assert cli.main(['data', 'fashion-mnist', 'images', '--pad', '4', '--images', '100']) == 0
+    assert given == [(Path('images'), 4, 100)]
 
 
 @pytest.mark.parametrize('images', [0, 15, 70_000])

@@ -17,6 +17,7 @@ import timm
 import torch
 import yaml
 from huggingface_hub import ModelCard, constants
+from PIL import Image
 from safetensors.torch import save
 
 pytest.importorskip('matplotlib', reason='publishing draws pictures with matplotlib')
@@ -25,7 +26,7 @@ from sd_resnet import cli
 from sd_resnet import hub as publishing
 from sd_resnet.records import read_run
 
-from .conftest import images, one_line, write_run
+from .conftest import edit_args, images, one_line, write_run
 
 REPO = 'me/sd_resnet18.test'
 PUBLISHED = ['README.md', 'args.yaml', 'config.json', 'model.safetensors', 'record.yaml', 'summary.csv']
@@ -196,9 +197,7 @@ def test_what_was_lost_on_the_way_to_the_folder_is_not_published(server, tmp_pat
 def test_a_network_that_was_fine_tuned_from_the_hub_is_published_whole(server, run_folder, tmp_path):
     base = write_run(tmp_path / 'base', drop_path_rate=0.3, drop_path_schedule='uniform', drop_path_mode='row')
     assert push(base) == 0
-    args = yaml.safe_load((base / 'args.yaml').read_text())
-    args.update(model=f'hf-hub:{REPO}', model_kwargs={}, drop_path=None, pretrained=True)
-    (base / 'args.yaml').write_text(yaml.safe_dump(args))
+    edit_args(base, model=f'hf-hub:{REPO}', model_kwargs={}, drop_path=None, pretrained=True)
     assert cli.main(['push', str(base), '--repo-id', 'me/tuned']) == 0
     model = timm.create_model('hf-hub:me/tuned', pretrained=True)
     assert (set(model.survival_probs), model.drop_path_mode, model.layer1[0].conv1.in_channels) == ({0.7}, 'row', 64)
@@ -229,6 +228,33 @@ def test_a_finished_folder_goes_only_where_its_card_says(server, run_folder, tmp
     capsys.readouterr()
     assert push(ready) == 1
     assert 'is damaged' in one_line(capsys)
+
+
+def test_a_clone_or_a_download_is_pushed_without_what_its_tools_left(server, run_folder, tmp_path):
+    ready = publishing.prepare(run_folder, tmp_path / 'ready', REPO)
+    for folder in ('.git', '.cache/huggingface'):
+        (ready / folder).mkdir(parents=True)
+        (ready / folder / 'HEAD').write_text(f'token {server.token}')
+    assert push(ready) == 0
+    assert sorted(server.files(REPO)) == sorted(['.gitattributes', *PUBLISHED, *PICTURES])
+
+
+def test_a_folder_that_is_written_again_is_replaced(run_folder, tmp_path):
+    for options, said in (({}, '**Needs the plugin**'), ({'plain': True}, '**Plain timm.**')):
+        publishing.write_repository(read_run(run_folder), tmp_path / 'out', REPO, **options)
+        assert said in (tmp_path / 'out' / 'README.md').read_text()
+    assert os.listdir(tmp_path / 'out').count('model.safetensors') == 1
+    assert not (tmp_path / 'out.part').exists()
+
+
+def test_classes_are_in_the_order_that_timms_reader_gives_folders(run_folder, tmp_path):
+    """10 comes after 9; by name it would come after 1, and every class from there on would be another's."""
+    for name in map(str, range(1, 11)):
+        (tmp_path / 'somebody' / 'images' / 'train' / name).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / 'somebody' / 'images' / 'train' / name / 'a.png')
+    order = timm.data.create_dataset('', str(tmp_path / 'somebody' / 'images'), 'train').reader.class_to_idx
+    ready = publishing.prepare(run_folder, tmp_path / 'ready', REPO)
+    assert json.loads((ready / 'config.json').read_text())['label_names'] == sorted(order, key=order.get)
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(server, run_folder, tmp_path, monkeypatch, capsys):
@@ -262,13 +288,14 @@ def test_the_token_is_nowhere(server, run_folder, tmp_path, capsys, caplog):
 
 
 def test_a_record_that_holds_a_token_is_not_sent(server, run_folder, tmp_path, monkeypatch, capsys):
-    args = yaml.safe_load((run_folder / 'args.yaml').read_text())
-    (run_folder / 'args.yaml').write_text(yaml.safe_dump({**args, 'experiment': 'hf_' + 'a' * 34}))
-    assert push(run_folder) == 1
-    said = one_line(capsys)
-    assert 'args.yaml' in said
-    assert 'hf_' not in said
-    (run_folder / 'args.yaml').write_text(yaml.safe_dump(args))
+    edit_args(run_folder, experiment='hf_' + 'a' * 34)
+    for options in ([], ['--dry-run', str(tmp_path / 'dry')]):
+        assert push(run_folder, *options) == 1
+        said = one_line(capsys)
+        assert 'args.yaml' in said
+        assert 'hf_' not in said
+    assert not (tmp_path / 'dry').exists()
+    edit_args(run_folder, experiment='')
     ready = publishing.prepare(run_folder, tmp_path / 'ready', REPO)
     (ready / 'notes').write_text(f'my token is {server.token}')
     assert push(ready) == 1
@@ -344,8 +371,7 @@ def test_plain_computes_the_same_and_says_what_it_needs(server, tmp_path, name, 
 def test_the_configuration_states_the_size_of_the_features(tmp_path, name, size):
     """timm's own tests and feature heads ask a pretrained configuration for it; odd sizes are rounded up."""
     run = write_run(tmp_path / 'run', name)
-    args = yaml.safe_load((run / 'args.yaml').read_text())
-    (run / 'args.yaml').write_text(yaml.safe_dump({**args, 'img_size': size}))
+    edit_args(run, img_size=size)
     model = read_run(run).model()
     with torch.no_grad():
         features = model.forward_features(torch.zeros(1, 3, size, size))

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from itertools import pairwise
 
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 import sd_resnet
-from sd_resnet import cli, pruning
+from sd_resnet import cli, datasets, pruning
 from sd_resnet.convert import converted_blocks
 from sd_resnet.pruning import check_savable, error_and_loss, estimate_statistics, forward_flops, load, prune, save
 
@@ -223,7 +224,7 @@ def test_a_model_of_other_classes_is_refused(classes, tmp_path):
 def test_missing_test_images_are_missed_before_the_search(tmp_path, monkeypatch):
     write_images(tmp_path, test=0)
     monkeypatch.delattr(pruning, 'subnetwork')
-    with pytest.raises(FileNotFoundError, match='"validation"'):
+    with pytest.raises(FileNotFoundError, match='"validation" or "val"'):
         prune(make('sd_resnet20_cifar', num_classes=2), 'net', tmp_path, progress=False)
 
 
@@ -236,6 +237,18 @@ def test_images_are_grey_or_coloured_as_the_model_takes_them(channels, data, tmp
     model = make('sd_resnet20_cifar', in_chans=channels, num_classes=classes, pretrained_cfg_overlay=overlay)
     record, _ = prune(model, 'it', write_images(tmp_path) if data == 'folder' else fashion, 0.95, 5, progress=False)
     assert len(record.points) > 1
+
+
+def test_padded_training_images_are_those_that_were_padded(fashion):
+    """`sd-resnet data --pad` enlarges training images only; scaled down, they would choose other blocks."""
+    overlay = dict(input_size=(1, 28, 28), mean=(0.5,), std=(0.5,))
+    model = make('sd_resnet20_cifar', in_chans=1, pretrained_cfg_overlay=overlay)
+    padded = datasets.write_fashion_mnist(fashion.parent / 'padded', pad=4, source=fashion)
+    plain, cut = (
+        pruning._training_images(model, pruning._split(model, 'it', data, 'train'), 7) for data in (fashion, padded)
+    )
+    for part, other in zip(plain, cut):
+        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(part, other))
 
 
 def test_a_network_built_for_another_size_and_type_is_pruned_at_its_own(tmp_path):
@@ -263,9 +276,12 @@ def test_the_block_whose_absence_costs_least_is_removed_and_of_equals_the_one_of
         'error_and_loss',
         lambda network, batches: (sum(map(error.get, network.absent)), sum(map(loss.get, network.absent))),
     )
+    monkeypatch.setattr(
+        pruning, 'evaluate', lambda network, data: types.SimpleNamespace(top1=100 - len(network.absent))
+    )
     record, _ = prune(make('sd_resnet20_cifar', num_classes=2), 'net', write_images(tmp_path), progress=False)
     assert [point.removed for point in record.points] == ['', *(record.blocks[index] for index in (5, 7, 1, 0, 2))]
-    assert [point.test_error for point in record.points] == [0, None, None, None, None, 12]
+    assert [point.test_error for point in record.points] == [0, None, None, None, None, 5]
 
 
 def test_no_image_chooses_a_block_and_estimates_statistics(tmp_path, monkeypatch):

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from timm.models import adapt_input_conv, split_model_name_tag
 
 from sd_resnet import cli, datasets, verification, weights
+from sd_resnet import hub as publishing
 from sd_resnet.evaluation import evaluate
 from sd_resnet.release import release, stated_accuracy, write_index
 
-from .conftest import one_line, write_run
+from .conftest import edit_args, one_line, write_run
 
 ROOT = Path(__file__).parent.parent
 RELEASED = sorted(path.parent.name for path in (ROOT / 'weights').glob(f'*/{weights.WEIGHTS}'))
@@ -28,16 +29,15 @@ RELEASED = sorted(path.parent.name for path in (ROOT / 'weights').glob(f'*/{weig
 def trained(tmp_path):
     """A run folder as timm's script leaves it after the padded Fashion-MNIST recipe."""
     folder = write_run(tmp_path / 'run', 'sd_resnet20_cifar', in_chans=1, drop_path_rate=0.2)
-    args = yaml.safe_load((folder / 'args.yaml').read_text())
-    args.update(dataset=datasets.NAME, val_split='test', input_size=[1, 28, 28], img_size=None, mean=[0.286])
-    args.update(std=[0.353], scale=[0.605, 0.605], model_ema=False, drop_path=0.2)
-    (folder / 'args.yaml').write_text(yaml.safe_dump(args))
+    data = dict(dataset=datasets.NAME, val_split='test', input_size=[1, 28, 28], img_size=None)
+    edit_args(folder, **data, mean=[0.286], std=[0.353], scale=[0.605, 0.605], model_ema=False, drop_path=0.2)
     return folder
 
 
 @pytest.mark.parametrize('half', [False, True])
 def test_a_release_does_what_its_card_says(trained, fashion, tmp_path, half):
-    folder, reached = release(trained, 'fmnist', fashion, tmp_path / 'weights', half=half)
+    notes = 'images zero-padded by 4 pixels'
+    folder, reached = release(trained, 'fmnist', fashion, tmp_path / 'weights', half=half, notes=notes)
     assert folder == tmp_path / 'weights' / 'sd_resnet20_cifar.fmnist'
     assert evaluate(f'local-dir:{folder}', fashion) == reached
     assert stated_accuracy(folder) == round(reached.top1, 2)
@@ -51,7 +51,7 @@ def test_a_release_does_what_its_card_says(trained, fashion, tmp_path, half):
     assert record['sha256'] in card
     assert record['metrics']['eval_top1'] == reached.top1
     assert "convert('L')" in card
-    assert 'zero-padded by 4 pixels' in card
+    assert f'| notes | {notes}; the accuracy was measured again' in card
     assert "timm.create_model('sd_resnet20_cifar.fmnist', pretrained=True)" in card
     assert 'zalando-datasets/fashion_mnist' in card
     assert json.loads((folder / 'config.json').read_text())['label_names'] == list(datasets.LABELS)
@@ -62,9 +62,20 @@ def test_a_release_does_what_its_card_says(trained, fashion, tmp_path, half):
     assert ('stored as bfloat16; as trained they gave' in card) == half
 
 
+def test_what_the_run_says_of_itself_stays_unless_told_otherwise(trained, fashion, tmp_path):
+    edit_args(trained, hardware='two accelerators', baseline='6 %', notes='own images')
+    common = ['release', str(trained), '--tag', 'fmnist', '--data', str(fashion), '--weights', str(tmp_path / 'w')]
+    told = ['--hardware', 'CPU', '--notes', 'x']
+    for options, hardware, notes in (([], 'two accelerators', 'own images'), (told, 'CPU', 'x')):
+        assert cli.main([*common, *options]) == 0
+        card = (tmp_path / 'w' / 'sd_resnet20_cifar.fmnist' / 'README.md').read_text()
+        assert f'| hardware | {hardware} |' in card
+        assert '| for comparison | 6 % |' in card
+        assert f'| notes | {notes}' in card
+
+
 def test_the_card_of_a_constant_depth_twin_does_not_speak_of_dropped_blocks(trained, fashion, tmp_path):
-    args = yaml.safe_load((trained / 'args.yaml').read_text())
-    (trained / 'args.yaml').write_text(yaml.safe_dump({**args, 'drop_path': 0.0}))
+    edit_args(trained, drop_path=0.0)
     folder, _ = release(trained, 'fmnist_constant', fashion, tmp_path / 'weights')
     card = (folder / 'README.md').read_text()
     assert 'trained at constant depth' in card
@@ -75,8 +86,7 @@ def test_the_card_of_a_constant_depth_twin_does_not_speak_of_dropped_blocks(trai
 
 
 def test_the_card_of_a_resumed_training_says_where_longer_schedules_began(trained, fashion, tmp_path):
-    args = yaml.safe_load((trained / 'args.yaml').read_text())
-    (trained / 'args.yaml').write_text(yaml.safe_dump({**args, 'resume': 'last.pth.tar', 'warmup_epochs': 1}))
+    edit_args(trained, resume='last.pth.tar', warmup_epochs=1)
     header, *_, last = (trained / 'summary.csv').read_text().splitlines()
     once = ', the learning rate rising again at epoch 3'
     twice = ', the learning rate rising again at epoch 3 and 5'
@@ -96,8 +106,7 @@ def test_a_release_needs_its_data_set_and_a_tag(trained, fashion, tmp_path, caps
     assert cli.main(common) == 2
     assert cli.main([common[0], *common[2:], '--tag', 'fmnist']) == 2
     assert 'give RUN' in capsys.readouterr().err
-    args = yaml.safe_load((trained / 'args.yaml').read_text())
-    (trained / 'args.yaml').write_text(yaml.safe_dump({**args, 'dataset': 'torch/cifar10'}))
+    edit_args(trained, dataset='torch/cifar10')
     capsys.readouterr()
     assert cli.main([*common, '--tag', 'fmnist']) == 1
     assert "was trained on 'torch/cifar10'" in one_line(capsys)
@@ -192,6 +201,13 @@ def test_without_a_folder_there_are_no_tags(tmp_path, monkeypatch):
     (tmp_path / 'weights' / 'sd_resnet20_cifar.fmnist').mkdir(parents=True)  # without weights in it
     assert weights.weights_folder() == tmp_path / 'weights'
     assert weights.released('sd_resnet20_cifar') == {}
+    (tmp_path / 'weights' / 'sd_resnet20_cifar.fmnist' / weights.WEIGHTS).touch()  # what a killed writer may leave
+    assert weights.released('sd_resnet20_cifar') == {}
+    written = write_run(tmp_path / 'run', 'sd_resnet20_cifar')
+    publishing.prepare(written, tmp_path / 'weights' / 'sd_resnet20_cifar.other.new', 'me/net')
+    assert weights.released('sd_resnet20_cifar') == {}
+    (tmp_path / 'weights' / 'sd_resnet20_cifar.other.new').rename(tmp_path / 'weights' / 'sd_resnet20_cifar.other')
+    assert list(weights.released('sd_resnet20_cifar')) == ['sd_resnet20_cifar.other']
     (tmp_path / 'sd_resnet' / 'weights').mkdir(parents=True)
     assert weights.weights_folder() == tmp_path / 'sd_resnet' / 'weights'
 
@@ -206,6 +222,8 @@ def test_older_versions_of_timm_get_a_stem_of_three_channels(monkeypatch):
         assert found.shape[1] == channels
         adapted = found if wanted == 3 else adapt_input_conv(wanted, found)
         assert torch.allclose(adapted.sum(1, keepdim=True), weight, atol=1e-6)
+    model.pretrained_cfg = {}  # of a repository that says nothing of its stem
+    assert weights.spread_stem({'conv1.weight': weight}, model)['conv1.weight'] is weight
 
 
 def test_the_index_is_what_the_command_writes(tmp_path):

@@ -40,18 +40,29 @@ def test_at_rate_zero_the_network_is_timms_bit_for_bit(name):
     assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), timms.buffers()))
 
 
+def _operators(model, run):
+    run(model, images(2, 32))  # what happens once only
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run(model, images(2, 32))
+    return [event.name for event in profile.events() if event.name.startswith(('aten::', 'autograd::'))]
+
+
 @pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
 def test_at_rate_zero_a_training_step_runs_timms_operators(name):
-    def operators(model):
-        model(images(2, 32))  # what happens once only
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            _step(model, images(2, 32))
-        return [event.name for event in profile.events() if event.name.startswith(('aten::', 'autograd::'))]
-
-    ours = operators(make(f'sd_{name}', train=True, drop_path_rate=0))
-    timms = operators(make(name, train=True))
+    ours = _operators(make(f'sd_{name}', train=True, drop_path_rate=0), _step)
+    timms = _operators(make(name, train=True), _step)
     assert len(ours) > 100
     assert ours == timms
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
+@torch.no_grad()
+def test_scaling_by_p_l_costs_nothing_at_test_time(name):
+    """It is a factor of the addition that is there anyway: torch.add's alpha."""
+    ours = _operators(make(f'sd_{name}'), lambda model, x: model(x))
+    timms = _operators(make(name), lambda model, x: model(x))
+    assert len(ours) > 50
+    assert [{'aten::add_': 'aten::add'}.get(each, each) for each in timms] == ours
 
 
 @pytest.mark.parametrize('name', TAGGED)
