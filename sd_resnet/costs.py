@@ -7,12 +7,13 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, is_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoints import architectures
 from .convert import converted_blocks
+from .converted_models import register
 from .residual_search import copy_without_data
 from .resnet_base import StochasticDepthNet
 from .schedules import Schedule
@@ -79,7 +80,7 @@ def network_cost(
     """Count a network's parameters and FLOPs, without computing anything.
 
     Args:
-        architecture: A model of this package, or timm's under a `sd_` name.
+        architecture: A model of this package, or any of timm's under a `sd_` name, which is registered if need be.
         image_size: Height and width in pixels; None is the architecture's own.
         drop_path_rate: 1 - p_L; None is the model's default.
         schedule: See `survival_probs`; None is the model's default.
@@ -87,9 +88,13 @@ def network_cost(
     Raises:
         ValueError: An argument is outside what is allowed.
     """
+    name = architecture.split('.')[0]
+    plain = name.removeprefix('sd_')
+    if plain != name and is_model(plain) and not is_model(name):
+        register(plain)
     names = [*architectures(), *timm.list_models(module='converted_models')]
-    if architecture.split('.')[0] not in names:
-        raise ValueError(f'model must be one of {", ".join(names)}, got {architecture!r}')
+    if name not in names:
+        raise ValueError(f'model must be sd_ before a name of timm, or one of {", ".join(names)}, got {architecture!r}')
     with torch.device('meta'):
         size = size_args(architecture, image_size)
         model: Any = timm.create_model(architecture, drop_path_rate=drop_path_rate, drop_path_schedule=schedule, **size)

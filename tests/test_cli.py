@@ -40,7 +40,9 @@ def test_wrong_usage_exits_with_2(argv, capsys):
 @pytest.mark.parametrize(
     ('argv', 'reason'),
     [
-        (['info', 'resnet50'], 'model must be one of'),
+        (['info', 'resnet50'], 'model must be sd_ before a name of timm, or one of'),
+        (['info', 'sd_nothing'], "got 'sd_nothing'"),
+        (['info', 'sd_vgg11'], 'VGG has no residual block that can be skipped'),
         (['info', 'sd_resnet18', '--drop-path', '1'], 'drop_path_rate must be in [0, 1), got 1.0'),
         (['info', 'sd_resnet18', '--schedule', '1,0.5,0.2'], 'drop_path_schedule must be one of'),
         (['info', 'sd_resnet18', '--schedule', 'cosine'], "got 'cosine'"),
@@ -56,7 +58,7 @@ def test_an_error_is_one_line_with_the_reason_and_exit_1(argv, reason, capsys):
 
 
 def test_debug_shows_the_traceback():
-    with pytest.raises(ValueError, match='model must be one of'):
+    with pytest.raises(ValueError, match='model must be'):
         cli.main(['info', 'resnet50', '--debug'])
 
 
@@ -66,6 +68,13 @@ def test_info_prints_the_table(capsys):
     assert cli.main(['info', 'sd_swin_tiny_patch4_window7_224', '--img-size', '128']) == 0  # built for that size
     header, line = (x for x in capsys.readouterr().out.splitlines() if 'p_l' in x or 'layers.2.blocks.5' in x)
     assert header.index('p_l') + 3 == line.index('0.') + 6  # one column, wide names or not
+
+
+def test_commands_take_any_of_timms_networks_under_an_sd_name(capsys):
+    """Also those that are not registered at import."""
+    assert not timm.is_model('sd_test_convnext2')
+    assert cli.main(['info', 'sd_test_convnext2', '--img-size', '64']) == 0
+    assert 'sd_test_convnext2, 64 x 64 px' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('argv', [['bench'], ['growth'], ['prune', 'it', '--data', 'nowhere']])
