@@ -148,7 +148,7 @@ def grow(settings: Settings, models: Sequence[str], rates: Sequence[float], prog
         ValueError: An argument is outside what is allowed.
     """
     if len(set(rates)) < len(rates):
-        raise ValueError(f'survival probabilities must be different ones, got {[1 - rate for rate in rates]}')
+        raise ValueError(f'rates, 1 - p_L, must be different numbers, got {[round(rate, 6) for rate in rates]}')
     growths = []
     for model in models:
         own = replace(settings, model=model, modes=(), peers=(), saved_steps=0)
@@ -202,7 +202,8 @@ def _measure(
     for name, recorded in shares.items():
         rows[name].observed = statistics.fmean(recorded[-settings.steps :])
     for name in steps:
-        repeats = settings.saved_steps if rows[name].bound not in (None, 1.0) else 1
+        varies = any(each.drops and each.mode != 'row' for each in drop_paths(contestants[name]).values())
+        repeats = settings.saved_steps if varies else 1
         rows[name].saved_bytes = [saved_bytes(contestants[name], forwards[name]) for _ in range(repeats)]
     return list(rows.values())
 
@@ -275,17 +276,13 @@ def _timed(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def _record_shares(model: nn.Module, batch: int, cost: Any) -> list[float]:
+def _record_shares(model: nn.Module, batch: int, cost: NetworkCost) -> list[float]:
     """A list that grows by the share of FLOPs that each step runs; in subset mode, where all run the same, of one."""
     own = list(drop_paths(model).values())
-
-    def share(ran: Sequence[float]) -> float:
-        return 1 - sum((1 - r) * block.branch_flops for r, block in zip(ran, cost.blocks)) / cost.flops
-
     if own[0].mode == 'row':
         return [1.0]
     if own[0].mode == 'subset':
-        return [share([drop_path.rows(batch) / batch for drop_path in own])]
+        return [cost.share([drop_path.rows(batch) / batch for drop_path in own])]
 
     shares: list[float] = []
     if isinstance(model, StochasticDepthNet):
@@ -293,7 +290,7 @@ def _record_shares(model: nn.Module, batch: int, cost: Any) -> list[float]:
 
         def drawn(x: Tensor) -> Any:
             decisions = draw(x)
-            shares.append(share([1.0] * len(own) if decisions is None else [float(bool(d)) for d in decisions]))
+            shares.append(cost.share([1.0] * len(own) if decisions is None else [float(bool(d)) for d in decisions]))
             return decisions
 
         model.draw = drawn  # type: ignore[method-assign]
@@ -310,7 +307,7 @@ def _record_shares(model: nn.Module, batch: int, cost: Any) -> list[float]:
         return p_l, decision
 
     draws.draw = drawn_one
-    model.register_forward_hook(torch.compiler.disable(lambda *args: shares.append(share(list(ran.values())))))
+    model.register_forward_hook(torch.compiler.disable(lambda *args: shares.append(cost.share(list(ran.values())))))
     return shares
 
 

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import __version__
 from .checkpoints import NO_PLAIN_CIFAR
-from .costs import NetworkCost
+from .costs import NetworkCost, drop_paths
 from .records import Run
 from .resnet_imagenet import StochasticResNet
 
@@ -74,7 +74,7 @@ def describe(
             'mode': trained.drop_path_mode,
             'rescale': trained.drop_path_rescale,
             'ramp': (run.args.get('model_kwargs') or {}).get('drop_path_ramp'),
-            'share': 1.0 if trained.drop_path_mode == 'row' else round(cost.expected_share, 3),
+            'share': round(cost.share(_computed(trained, run.args.get('batch_size'))), 3),
             'probabilities': [round(p, 6) for p in trained.survival_probs],
         },
         'preprocessing': {
@@ -89,6 +89,15 @@ def describe(
     }
 
 
+def _computed(trained: Any, batch: int | None) -> list[float]:
+    """Share of each block's branch that a training step computes on average; subset mode keeps whole rows."""
+    if trained.drop_path_mode == 'row':
+        return [1.0] * len(trained.survival_probs)
+    if trained.drop_path_mode == 'subset' and batch:
+        return [drop_path.rows(batch) / batch for drop_path in drop_paths(trained).values()]
+    return list(trained.survival_probs)
+
+
 def constant_depth(record: dict[str, Any]) -> bool:
     """Was nothing ever dropped?"""
     return min(record['survival']['probabilities']) == 1
@@ -96,7 +105,7 @@ def constant_depth(record: dict[str, Any]) -> bool:
 
 def skips_work(record: dict[str, Any]) -> bool:
     """Did its training leave work out?"""
-    return not constant_depth(record) and record['survival']['mode'] != 'row'
+    return record['survival']['share'] < 1
 
 
 def model_card(record: dict[str, Any], run: Run, repo_id: str) -> ModelCard:
@@ -119,6 +128,7 @@ def model_card(record: dict[str, Any], run: Run, repo_id: str) -> ModelCard:
         if key in metrics
     ]
     name, survival, constant = repo_id.split('/')[-1], record['survival'], constant_depth(record)
+    scaled = not constant and survival['rescale'] == 'test'
     data = ModelCardData(
         library_name='timm',
         pipeline_tag='image-classification',
@@ -147,7 +157,8 @@ def model_card(record: dict[str, Any], run: Run, repo_id: str) -> ModelCard:
         dataset=dataset,
         curve=bool(run.epochs),
         constant=constant,
-        ordinary=constant or record['plain'] or survival['rescale'] == 'train',  # no survival probabilities in them
+        scaled=scaled,
+        ordinary=not scaled or record['plain'],  # no survival probabilities in the weights
         skips=skips_work(record),
         in_training=_IN_TRAINING[survival['mode']],
         packaged=bool(run.args.get('packaged')),

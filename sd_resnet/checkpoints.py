@@ -38,7 +38,7 @@ class Checkpoint:
     Attributes:
         state_dict: Names and tensors, without the prefixes of DDP and `torch.compile`.
         architecture: The model's name, if the file states it.
-        model_args: The `--model-kwargs` of timm's `train.py`.
+        model_args: The `--model-kwargs` of timm's `train.py`, and its `--gp`.
         epoch: The epoch that it was written after, if the file states it; the first is 0.
         averaged: Are these the averaged weights (EMA) of a file that holds both?
     """
@@ -80,6 +80,7 @@ def read_checkpoint(path: str | Path, use_ema: bool = True) -> Checkpoint:
         raise ValueError(f'{path} cannot be read, it is damaged or not a checkpoint: {reason}') from error
 
     args = content.get('args') if isinstance(content, Mapping) else None
+    pool = getattr(args, 'gp', None)
     if isinstance(content, Mapping):
         keys = ('state_dict_ema', 'model_ema') if use_ema else ()
         wrapped = next((k for k in (*keys, 'state_dict', 'model') if isinstance(content.get(k), Mapping)), None)
@@ -88,7 +89,7 @@ def read_checkpoint(path: str | Path, use_ema: bool = True) -> Checkpoint:
             return Checkpoint(
                 clean_state_dict(dict(tensors)),
                 getattr(args, 'model', None) or (None if wrapped is None else content.get('arch')),
-                dict(getattr(args, 'model_kwargs', None) or {}),
+                {**(getattr(args, 'model_kwargs', None) or {}), **({'global_pool': pool} if pool else {})},
                 None if wrapped is None else content.get('epoch'),
                 wrapped in ('state_dict_ema', 'model_ema'),
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .checkpoints import architectures
 from .convert import converted_blocks
 from .converted_models import register
+from .failures import one_line
 from .residual_search import copy_without_data
 from .resnet_base import StochasticDepthNet
 from .schedules import Schedule
@@ -67,8 +69,11 @@ class NetworkCost:
     @property
     def expected_share(self) -> float:
         """Share of the FLOPs that a training step computes on average: the bound of what can be saved."""
-        dropped = sum((1 - b.survival_prob) * b.branch_flops for b in self.blocks)
-        return 1 - dropped / self.flops
+        return self.share([block.survival_prob for block in self.blocks])
+
+    def share(self, ran: Sequence[float]) -> float:
+        """Share of the FLOPs that is computed where that share of each block's branch is."""
+        return 1 - sum((1 - r) * block.branch_flops for r, block in zip(ran, self.blocks)) / self.flops
 
 
 def network_cost(
@@ -97,7 +102,13 @@ def network_cost(
         raise ValueError(f'model must be sd_ before a name of timm, or one of {", ".join(names)}, got {architecture!r}')
     with torch.device('meta'):
         size = size_args(architecture, image_size)
-        model: Any = timm.create_model(architecture, drop_path_rate=drop_path_rate, drop_path_schedule=schedule, **size)
+        given = {'drop_path_rate': drop_path_rate, 'drop_path_schedule': schedule, **size}
+        try:
+            model: Any = timm.create_model(architecture, **given)
+        except TypeError as error:  # of timm's network: it has no drop path
+            raise ValueError(
+                f'model must be a network with a drop path, got {architecture!r}: {one_line(error)}'
+            ) from error
     return model_cost(model, image_size or model.default_cfg['input_size'][-1])
 
 

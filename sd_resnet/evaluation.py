@@ -103,7 +103,9 @@ def prepare(dataset: Any, model: Any, batch_size: int) -> Any:
         model: Whose pretrained configuration says how.
         batch_size: Images of a batch.
     """
-    config = {**resolve_model_data_config(model), 'input_size': own_input_size(model)}
+    config = resolve_model_data_config(model)
+    if getattr(model, 'pretrained_cfg', None):
+        config['input_size'] = own_input_size(model)  # that it is built for, whatever it was configured for
     loader = evaluation_loader(dataset, config, batch_size=batch_size)
     grey = config['input_size'][0] == 1
     if isinstance(dataset, FashionMNIST):

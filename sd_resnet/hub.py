@@ -77,7 +77,7 @@ def prepare(
 
     Args:
         source: A run folder, or a finished repository folder, which is taken as it is but for the owner `USER` in
-            its card.
+            its card, and for `.git` and `.cache`.
         out: The new folder.
         repo_id: `USER/NAME`.
         checkpoint: File name in the run folder; see `read_run`.
@@ -298,7 +298,8 @@ def refuse_secrets(folder: Path) -> None:
     for path in sorted(path for path in folder.rglob('*') if path.is_file() and path.name != WEIGHTS):
         content = path.read_bytes()
         if _SECRET.search(content) or (token and token in content):
-            raise VerificationError(f'{path} holds a token of the Hub, nothing was sent; remove it, and revoke it')
+            name = path.relative_to(folder)
+            raise VerificationError(f'{name} holds a token of the Hub, nothing was sent; remove it, and revoke it')
 
 
 def _check_card(folder: Path, repo_id: str) -> str:

@@ -58,7 +58,8 @@ def sweep(
     if len(set(rates)) < len(rates) or not all(0 < rate < 1 for rate in rates):
         raise ValueError(f'rates must be different numbers between 0 and 1, got {list(rates)}')
     for model in models:  # what is wrong with the last one is said before the first is measured
-        network_cost(model, settings.size, max(rates), settings.schedule)
+        if network_cost(model, settings.size, max(rates), settings.schedule).expected_share == 1:
+            raise ValueError(f'model must have blocks that drop at rate {max(rates)} and this schedule, got {model!r}')
     swept = []
     for model in models:
         for rate in rates:

@@ -72,10 +72,11 @@ def test_imagenet_networks_are_measured_beside_timms_and_torchvisions_drop_path(
 
 def test_other_networks_have_no_share_of_flops_by_the_measured_ones():
     """It would be another network's, at another rate."""
-    settings = bench.Settings(**{**SMALL, 'others': ('sd_resnet32_cifar',), 'modes': ('batch',), 'saved_steps': 1})
+    settings = bench.Settings(**{**SMALL, 'others': ('sd_resnet32_cifar',), 'modes': ('batch',)})
     *_, own, other = bench.run(settings, progress=False)
     assert own.bound is not None
     assert (other.name, other.bound, other.observed) == ('sd_resnet32_cifar', None, None)
+    assert len(other.saved_bytes) == 3  # it drops, and keeps as much as the draw leaves
 
 
 def test_ratios_are_stated_without_the_luck_of_the_draw():
@@ -94,7 +95,7 @@ def test_growth_is_stated_without_the_luck_of_the_draw(monkeypatch):
     monkeypatch.setattr(bench, '_measure', measured)
     (growth,) = bench.grow(bench.Settings(**SMALL), ['sd_resnet20_cifar'], [0.5])
     assert (growth.ratio, growth.without_luck) == pytest.approx((0.8, 0.65))
-    with pytest.raises(ValueError, match='survival probabilities must be different ones'):
+    with pytest.raises(ValueError, match=r'rates, 1 - p_L, must be different numbers, got \[0.5, 0.2, 0.5\]'):
         bench.grow(bench.Settings(**SMALL), ['sd_resnet20_cifar'], [0.5, 0.2, 0.5])
 
 

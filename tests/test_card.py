@@ -130,6 +130,9 @@ RAMP = '| ramp of the rate | late, 10 steps; the other figures here are those of
         ),
         ('sd_resnet18', {'drop_path_mode': 'subset'}, False, ('for the samples that keep it',), ('neither forward',)),
         ('sd_resnet18', {'drop_path_ramp': ['late', 10], 'drop_path_rescale': 'train'}, False, (RAMP,), ()),
+        ('sd_resnet18', {}, True, ('probabilities are folded',), (ORDINARY, CARRIES, RETURNS)),
+        ('sd_resnet18', {'drop_path_rescale': 'train'}, True, ('This is an ordinary `resnet18`',), ('folded',)),
+        ('sd_resnet18', {'drop_path_rate': 0.0}, True, ('This is an ordinary `resnet18`',), ('folded',)),
         ('sd_resnet20_cifar', {}, True, (ORDINARY, 'drop path rate of 0'), (CARRIES, RETURNS)),
         ('sd_resnet20_cifar', {'drop_path_rate': 0.0}, False, (ORDINARY, 'at constant depth'), (CARRIES, 'the twin')),
     ],
@@ -142,6 +145,17 @@ def test_it_says_what_was_trained_and_what_the_weights_are(name, options, plain,
     assert ('survival.png' in text) == (tmp_path / 'ready' / 'survival.png').exists()
     tables = [line for line in text.splitlines() if line.startswith('|')]
     assert {line.count('|') for line in tables} == {3}
+
+
+def test_the_share_of_flops_in_subset_mode_is_that_of_whole_rows(tmp_path):
+    """Of 8 rows, a rate of 0.05 drops none."""
+    run = write_run(tmp_path / 'run', drop_path_rate=0.05, drop_path_mode='subset')
+    label = 'share of the FLOPs left in training, on average'
+    for batch, share in ((8, '1.0'), (1000, '0.9')):
+        edit_args(run, batch_size=batch)
+        text = write_card(run, tmp_path / f'ready{batch}').text
+        assert f'| {label} | {share}' in text
+        assert ('survival.png' in text) == (share != '1.0')
 
 
 def test_weights_that_nobody_measured_carry_no_accuracy(run_folder, tmp_path):

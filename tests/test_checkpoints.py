@@ -18,7 +18,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from sd_resnet import checkpoints, to_resnet
 from sd_resnet.checkpoints import export, read_checkpoint
 
-from .conftest import images, make
+from .conftest import NARROW, images, make
 
 CONVENTIONS = {
     'plain': dict(drop_path_rate=0),
@@ -278,6 +278,16 @@ class TestExport:
         assert found == (name if 'cifar' in name else name.removeprefix('sd_'))
         assert model_args == ({'drop_path_rate': 0} if 'cifar' in name else {'num_classes': 10})
         plain = timm.create_model(found, **model_args)
+        plain.load_state_dict(load_file(tmp_path / 'out.safetensors'))
+        assert _agree(plain, model)
+
+    def test_the_pooling_of_the_run_is_the_files(self, tmp_path):
+        """timm's --gp is no --model-kwargs, and a network with average pooling takes the weights as well."""
+        model = make('sd_resnet18', global_pool='max')
+        args = argparse.Namespace(model='sd_resnet18', gp='max', model_kwargs=NARROW)
+        torch.save({'state_dict': model.state_dict(), 'args': args}, tmp_path / 'in.pth')
+        name, model_args = export(tmp_path / 'in.pth', tmp_path / 'out.safetensors')
+        plain = timm.create_model(name, **model_args)
         plain.load_state_dict(load_file(tmp_path / 'out.safetensors'))
         assert _agree(plain, model)
 

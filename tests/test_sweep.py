@@ -26,6 +26,13 @@ def test_every_contestant_is_measured_at_every_rate(tmp_path, capsys):
     assert 'break-even of sd_convnext_atto: subset unknown, batch ' in said
 
 
+def test_a_network_that_drops_nothing_at_these_rates_is_refused_before_anything_is_measured(monkeypatch, capsys):
+    """Its only block comes first, which timm's rule never drops: there would be no saving to divide by."""
+    monkeypatch.delattr(sweep, 'run')
+    assert cli.main(['sweep', 'sd_test_resnet', '--size', '32', '--rates', '0.2']) == 1
+    assert "must have blocks that drop at rate 0.2 and this schedule, got 'sd_test_resnet'" in one_line(capsys)
+
+
 def swept_at(rate, share, median):
     return Swept('m', rate, {'subset': share, 'batch': 1 - rate}, {}, {'subset': median}, {})
 
@@ -67,7 +74,7 @@ def test_rates_that_cannot_be_compared_are_refused_before_anything_is_measured(r
 @pytest.mark.usefixtures('_measured_is_wrong')
 def test_an_unknown_model_is_one_line(capsys):
     assert cli.main(['sweep', 'sd_convnext_atto', 'sd_vgg', '--steps', '2']) == 1
-    assert 'model must be one of' in one_line(capsys)
+    assert 'or one of sd_resnet20_cifar' in one_line(capsys)
 
 
 def test_networks_of_one_size_are_built_for_the_size_that_is_asked_for(capsys):
