@@ -114,12 +114,18 @@ def to_resnet(model: nn.Module) -> nn.Module:
             f'model must be a model of sd_resnet, got {type(model).__name__}; unwrap DDP (`.module`), EMA (`.module`), '
             'torch.compile (`._orig_mod`) and features_only (`.model`) first'
         )
+    if not isinstance(model, StochasticResNet):
+        warnings.warn(NO_PLAIN_CIFAR, stacklevel=2)
+    return fold(model)
+
+
+def fold(model: StochasticDepthNet) -> nn.Module:
+    """`to_resnet` without its warning."""
     plain: Any = copy.deepcopy(model)
     plain._modules.pop('drop_path_ramp', None)
     plain.drop_path_ramp = None
     plain.set_drop_path(rate=0)
     if not isinstance(model, StochasticResNet):
-        warnings.warn(NO_PLAIN_CIFAR, stacklevel=2)
         return plain
     # A change of class, not a new network: the copy keeps its device, type, classifier and norm layers.
     for block in plain.blocks():
@@ -165,21 +171,21 @@ def export(
     checkpoint = read_checkpoint(path, use_ema)
     state_dict = {k: v for k, v in checkpoint.state_dict.items() if '.aux_bn.' not in k}  # training-only, of split-bn
     recorded = architecture or checkpoint.architecture
-    if recorded is not None:
+    if recorded is not None and (architecture or ':' not in recorded):  # else it came from the Hub, or a folder
         names = [_own_name(recorded)]
     else:  # only ImageNet's nets have a fourth stage
         names = timm.list_models(module='resnet_imagenet' if 'layer4.0.conv1.weight' in state_dict else 'resnet_cifar')
+    own = {key: value for key, value in checkpoint.model_args.items() if not key.startswith('drop_path')}
     for name in names:
         try:
-            own = {key: value for key, value in checkpoint.model_args.items() if not key.startswith('drop_path')}
             with torch.device('meta'):  # at rate 0, where loading folds the survival probabilities in
                 model = build(name, state_dict, {**own, 'drop_path_rate': 0.0})
             model.load_state_dict(state_dict, assign=True)
             break
-        except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+        except (RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
             reason = one_line(error)
     else:
-        if recorded is None:
+        if len(names) > 1:
             raise ValueError(f"{path} fits none of this package's architectures ({', '.join(architectures())})")
         raise ValueError(f'{path} is not a checkpoint of {names[0]}: {reason}')
     save_tensors(model.state_dict(), out)
@@ -219,8 +225,13 @@ def build(name: str, state_dict: Mapping[str, Tensor], model_args: Mapping[str, 
         name: One of `architectures()`.
         state_dict: Of such a network.
         model_args: Further arguments for `timm.create_model`.
+
+    Raises:
+        ValueError: The state dict is not of such a network.
     """
-    stem = state_dict['conv1.weight' if 'conv1.weight' in state_dict else 'conv1.0.weight']
+    stem = state_dict.get('conv1.weight', state_dict.get('conv1.0.weight'))
+    if stem is None:
+        raise ValueError('the weights hold no conv1: they are not those of a ResNet')
     classes = state_dict['fc.weight'].shape[0] if 'fc.weight' in state_dict else 0
     return timm.create_model(name, **{**model_args, 'in_chans': stem.shape[1], 'num_classes': classes})
 

@@ -10,9 +10,10 @@ from torch import nn
 
 from .converted_block import BlockDropPath, ConvertedBlock, Draws, converted_class
 from .ramp import as_ramp
+from .ranks import check_sync
 from .residual_search import Found, copy_without_data, search
 from .schedules import Schedule, survival_probs
-from .stochastic_depth import check_settings
+from .stochastic_depth import StochasticDepth, check_settings
 
 RAMP = 'drop_path_ramp'  # the ramp's name in a network
 
@@ -63,6 +64,9 @@ def convert(
         RuntimeError: The network does not run on images of `input_size`.
     """
     check_settings(1.0, mode, 'train')
+    check_sync(sync)
+    if any(isinstance(m, StochasticDepth) and not isinstance(m, BlockDropPath) for m in model.modules()):
+        raise ValueError(f"model must be timm's, got {type(model).__name__}, which skips already: use set_drop_path")
     first = next(model.parameters(), None)
     new_ramp = as_ramp(ramp, None if first is None else first.device)
     plain = copy_without_data(model)  # a model that is converted already stays so if anything fails
@@ -82,6 +86,7 @@ def convert(
         module: Any = modules[block.name]
         drop_path = BlockDropPath(p_l, mode, 'train').train(module.training)
         drop_path.network_drops = min(probs) < 1
+        drop_path.ramped = new_ramp is not None
         slots = [(modules[slot.holder], slot.name) for slot in block.slots]
         # Not through nn.Module's __setattr__: nothing here is one more child of the block
         module.__dict__.update(

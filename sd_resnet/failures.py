@@ -47,11 +47,13 @@ def explain(error: BaseException, name: str) -> str:
     if isinstance(error, HfHubHTTPError):
         status = getattr(error.response, 'status_code', None)
         path = re.sub(r'^https?://[^/]*|\?.*$', '', str(getattr(error.response, 'url', '')))
+        said = f': {" ".join(error.server_message.split())[:200]}' if error.server_message else ''
         if status in (401, 403):
-            return f'{hub} refused ({status}) {path}; log in with a token that may do this: hf auth login'
+            return f'{hub} refused ({status}) {path}{said}; log in with a token that may do this: hf auth login'
         if status in (409, 412):
             return f'someone else changed {repo_id} meanwhile ({status}), nothing of yours is in it; push again'
-        return f'{hub} answered {status} to {path}; the fault is there: try again later'
+        cure = 'correct that, or try again' if status and 400 <= status < 500 and status != 429 else 'try again later'
+        return f'{hub} answered {status} to {path}{said}; {cure}'
     if _is_of_the_network(error):
         return f'{hub} cannot be reached or broke off ({type(error).__name__}); check the connection, and try again'
     return f'{name}: {one_line(error)}; try again'

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 import shutil
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from timm.models import save_for_hf
 
 from .card import OWNER, constant_depth, describe, model_card, skips_work
-from .checkpoints import to_resnet
+from .checkpoints import fold
 from .costs import model_cost
 from .failures import VerificationError, explain, one_line
 from .plots import plot_costs, plot_training
@@ -28,12 +28,12 @@ from .records import Run, read_run
 from .verification import (
     CARD,
     CONFIG,
-    OTHER_WEIGHTS,
     RECORD,
     WEIGHTS,
     check_contents,
     check_function,
     file_hash,
+    other_weights,
     read_tensors,
     verify,
 )
@@ -96,10 +96,7 @@ def prepare(
         raise FileExistsError(f'{out} exists; remove it, or choose another folder')
     if not source.is_dir():
         raise FileNotFoundError(f'{source} is not a folder; give a run folder or a finished repository folder')
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f'repo-id must be USER/NAME, got {repo_id!r}') from error
+    _check_repo_id(repo_id)
     if not (source / WEIGHTS).is_file() or not (source / CONFIG).is_file():
         run = read_run(source, checkpoint, not no_ema)
         return write_repository(run, out, repo_id, license=license, dataset=dataset, plain=plain)
@@ -116,6 +113,17 @@ def prepare(
         shutil.rmtree(out)
         raise
     return out
+
+
+def _check_repo_id(repo_id: str) -> None:
+    """The client takes a bare NAME too, and makes a repository of it under the token's owner."""
+    try:
+        validate_repo_id(repo_id)
+        known = repo_id.count('/') == 1
+    except HFValidationError:
+        known = False
+    if not known:
+        raise ValueError(f'repo-id must be USER/NAME, got {repo_id!r}')
 
 
 def read_listing(listing: Path) -> list[tuple[Path, str, bool]]:
@@ -178,11 +186,7 @@ def write_repository(
             'push_to_hf_hub(sd_resnet.pruning.load(RUN), REPO)'
         )
     trained: Any = run.model()
-    model: Any = trained
-    if plain:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # NO_PLAIN_CIFAR, which the card says
-            model = to_resnet(trained)
+    model: Any = fold(trained) if plain else trained
     part = out.with_name(f'{out.name}.part')
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -220,7 +224,8 @@ def push(
 ) -> Published:
     """Bring a branch of a repository in line with this folder, in one commit, and check what arrived.
 
-    The same commit deletes other weights, and what an earlier push wrote and this one does not; other files stay.
+    The same commit deletes other weights beside these, and what an earlier push wrote and this one does not; other
+    files, and folders, stay.
 
     Args:
         folder: As `write_repository` leaves it.
@@ -230,9 +235,11 @@ def push(
         message: Of the commit.
 
     Raises:
+        ValueError: `repo_id` is no such name.
         VerificationError: Something is wrong with the folder, the Hub, or what came back, in one line. Until the
             commit, which is atomic, the branch is as it was.
     """
+    _check_repo_id(repo_id)
     check_contents(folder, str(folder))
     _check_card(folder, repo_id)
     refuse_secrets(folder)
@@ -259,14 +266,16 @@ def _push(folder: Path, repo_id: str, private: bool | None, revision: str | None
         api.create_repo(repo_id, private=bool(private))
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    head = api.model_info(repo_id, revision=revision).sha
+    there = api.model_info(repo_id, revision=revision)
+    names = [file.rfilename for file in there.siblings or []]
+    former = [name for name in names if other_weights(name) or name in _OWN]
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         revision=revision,
-        parent_commit=head,  # another push in between makes this one fail
+        parent_commit=there.sha,  # another push in between makes this one fail
         commit_message=message or f'Publish {folder.name}',
-        delete_patterns=[*OTHER_WEIGHTS, '*.safetensors', *_OWN],  # but for what is in the folder
+        delete_patterns=[glob.escape(file) for file in former],  # but for what is in the folder
     )
     sha256 = _compare_published(folder, repo_id, commit.oid)
     at = f'@{revision}' if revision else ''
@@ -275,7 +284,7 @@ def _push(folder: Path, repo_id: str, private: bool | None, revision: str | None
         commit.oid,
         sha256,
         f"timm.create_model('hf-hub:{repo_id}{at}', pretrained=True)",
-        commit.oid != head,
+        commit.oid != there.sha,
     )
 
 

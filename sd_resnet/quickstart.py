@@ -8,6 +8,7 @@ far travels inside the checkpoint.
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from .card import OWNER
 from .checkpoints import read_checkpoint
 from .hub import write_repository
-from .plots import plot_quickstart
+from .plots import figure_class, plot_quickstart
 from .records import read_run
 
 ARCHITECTURE = 'sd_resnet20_cifar'
@@ -106,6 +107,9 @@ def run(
         raise FileNotFoundError(f'{out} is not a folder: nothing to resume; run without --resume')
     if not resume and out.exists():
         raise FileExistsError(f'{out} exists: go on there with --resume, or choose another folder with --out')
+    if not 0 <= seed < 2**32:
+        raise ValueError(f'seed must be between 0 and 2**32 - 1, got {seed}')
+    figure_class()  # or its absence is found when all is trained
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a second one costs this small network more than it gives
     try:
@@ -116,7 +120,8 @@ def run(
             options = {'drop_path_rate': 0.0}
             constant = train(data, out / 'run_constant', 'constant depth', options, epochs, seed, progress)
     except KeyboardInterrupt:
-        again = f'sd-resnet quickstart --out {out} --epochs {epochs} --seed {seed} --resume{" --compare" * compare}'
+        again = f'sd-resnet quickstart --out {shlex.quote(str(out))} --epochs {epochs} --seed {seed} --resume'
+        again += ' --compare' * compare
         raise KeyboardInterrupt(f'the finished epochs are kept; go on with: {again}') from None
     finally:
         torch.set_num_threads(threads)
@@ -273,8 +278,8 @@ def train_command(data: Path, epochs: int) -> str:
         for name, value in RECIPE.items()
     )
     return (
-        f'python train.py --data-dir {data.resolve()} --model {ARCHITECTURE} --num-classes 10 --epochs {epochs} '
-        f'{flags} --model-ema --model-ema-warmup --device cpu --no-prefetcher --workers 1'
+        f'python train.py --data-dir {shlex.quote(str(data.resolve()))} --model {ARCHITECTURE} --num-classes 10 '
+        f'--epochs {epochs} {flags} --model-ema --model-ema-warmup --device cpu --no-prefetcher --workers 1'
     )
 
 

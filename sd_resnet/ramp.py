@@ -54,6 +54,11 @@ class DropPathRamp(nn.Module):
             return min(1.0, self.steps_done / self.steps)
         return float((self.steps_done < self.steps) == (self.kind == 'early'))
 
+    @property
+    def survival_probs(self) -> tuple[float, ...]:
+        """p_1 .. p_L at factor 1."""
+        return tuple(1 - rate for rate in self._rates)
+
     def govern(self, drop_paths: Sequence[StochasticDepth]) -> None:
         """Take charge of the blocks' rates, which are by now those of factor 1."""
         self.__dict__['_drop_paths'] = list(drop_paths)  # no children: they belong to their blocks

@@ -13,6 +13,16 @@ def many_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def check_sync(value: Any) -> None:
+    """Raise where it is neither True nor False: of `--model-kwargs drop_path_sync=false` timm makes a text.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f'drop_path_sync must be True or False, got {value!r}')
+
+
 class SharedGenerator:
     """A generator that all ranks of the default process group share; a copy, or a new process group, joins anew."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .compiling import outside_compiler
 from .ramp import as_ramp, check_scriptable
-from .ranks import SharedGenerator, many_ranks
+from .ranks import SharedGenerator, check_sync, many_ranks
 from .resnet_blocks import ResidualBlock, Stage
 from .schedules import Schedule, expected_depth, survival_probs
 from .stochastic_depth import Decision, draw_per_batch, draw_per_sample, scriptable_copy
@@ -49,6 +49,7 @@ class StochasticDepthNet(nn.Module):
         drop_path_sync: bool,
         drop_path_ramp: tuple[str, int] | None,
     ) -> None:
+        check_sync(drop_path_sync)
         self.drop_path_sync = drop_path_sync
         self.drop_path_ramp = as_ramp(drop_path_ramp, next(self.parameters()).device)
         self._shared_generator = SharedGenerator()
@@ -75,6 +76,9 @@ class StochasticDepthNet(nn.Module):
         Raises:
             ValueError: An argument is not allowed; nothing has changed then.
         """
+        probs = None
+        if rate is None and schedule is None:  # also after blocks were pruned away
+            probs = self.survival_probs if self.drop_path_ramp is None else self.drop_path_ramp.survival_probs
         if rate is None and (schedule is None or isinstance(schedule, str)):
             rate = self.drop_path_rate
         self._set_drop_path(
@@ -83,10 +87,17 @@ class StochasticDepthNet(nn.Module):
             self.drop_path_mode if mode is None else mode,
             self.drop_path_rescale if rescale is None else rescale,
             keep_function=True,
+            probs=probs,
         )
 
     def _set_drop_path(
-        self, rate: float | None, schedule: Schedule, mode: str, rescale: str, keep_function: bool
+        self,
+        rate: float | None,
+        schedule: Schedule,
+        mode: str,
+        rescale: str,
+        keep_function: bool,
+        probs: tuple[float, ...] | None = None,
     ) -> None:
         if self.drop_path_ramp is not None and rescale == 'test':
             raise ValueError(
@@ -94,12 +105,13 @@ class StochasticDepthNet(nn.Module):
                 'the rate would change what the network computes at test time'
             )
         blocks = list(self.blocks())
-        probs = survival_probs(len(blocks), rate, schedule)
+        probs = survival_probs(len(blocks), rate, schedule) if probs is None else probs
         for block, p_l in zip(blocks, probs):
             block.check(p_l, mode, rescale)
         for block, p_l in zip(blocks, probs):
             block.configure(p_l, mode, rescale, keep_function)
             block.drop_path.network_drops = min(probs) < 1
+            block.drop_path.ramped = self.drop_path_ramp is not None
         if self.drop_path_ramp is not None:
             self.drop_path_ramp.govern([block.drop_path for block in blocks])
         self.drop_path_rate = rate

@@ -240,7 +240,7 @@ class ResidualBlock(nn.Module):
     def check_alone(self) -> None:
         """Raise where a draw that other ranks do not share would make SyncBatchNorm wait for ever."""
         norm = getattr(self, self.last_norm)
-        if many_ranks() and self.drop_path.mode == 'batch' and isinstance(norm, nn.SyncBatchNorm):
+        if many_ranks() and isinstance(norm, nn.SyncBatchNorm):
             raise RuntimeError(
                 "drop_path_mode='batch' with SyncBatchNorm needs decisions that all ranks share: without them ranks "
                 'would wait for each other for ever; leave drop_path_sync=True and call the whole model, or use '

@@ -98,6 +98,8 @@ class StochasticCifarResNet(StochasticDepthNet):
 
         inplanes, reduction = channels[0], 1
         sizes = (blocks_per_stage,) * 3 if isinstance(blocks_per_stage, int) else tuple(blocks_per_stage)
+        if len(sizes) != 3 or min(sizes) < 1:
+            raise ValueError(f'blocks_per_stage must be one number of at least 1 or three, got {blocks_per_stage!r}')
         for name, planes, size in zip(self.stage_names, channels, sizes):
             stride = 1 if name == 'layer1' else 2
             reduction *= stride

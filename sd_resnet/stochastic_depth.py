@@ -89,6 +89,7 @@ class StochasticDepth(_Scriptable):
 
     Attributes:
         network_drops: Does any block of its network drop? Set by the network.
+        ramped: Does a `DropPathRamp` set its rate? Set by the network.
 
     Raises:
         ValueError: An argument is outside what is allowed.
@@ -105,7 +106,7 @@ class StochasticDepth(_Scriptable):
         nn.Module.__init__(self)  # DropPath's own would assign drop_prob
         self._carrier_options = {'device': device, 'dtype': dtype}
         self._buffers['survival_prob'] = None  # not register_buffer: the public attribute is the Python number
-        self.network_drops = False
+        self.network_drops = self.ramped = False
         self.configure(survival_prob, mode, rescale)
 
     def configure(self, survival_prob: float, mode: str, rescale: str) -> None:
@@ -126,7 +127,8 @@ class StochasticDepth(_Scriptable):
             if carrier is not None:
                 self._carrier_options = {'device': carrier.device, 'dtype': carrier.dtype}
             self._buffers['survival_prob'] = None
-        elif carrier is None or like is not None:
+        elif carrier is None or like is not None or carrier.is_inference():
+            like = carrier if like is None else like
             options = self._carrier_options if like is None else {'device': like.device, 'dtype': like.dtype}
             self._buffers['survival_prob'] = torch.full((), self.p_l, **options)
         else:
@@ -160,6 +162,8 @@ class StochasticDepth(_Scriptable):
     def drop_prob(self, value: float) -> None:
         if not 0 <= value < 1:
             raise ValueError(f'drop_prob must be in [0, 1), got {value!r}')
+        if self.ramped:
+            raise AttributeError(f'drop_prob cannot be assigned (got {value!r}): drop_path_ramp sets it at every step')
         if self.rescale == 'test' and value != self.drop_prob:
             raise AttributeError(
                 f"drop_prob cannot be assigned (got {value!r}) under drop_path_rescale='test': it would change what "

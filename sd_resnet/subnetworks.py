@@ -6,7 +6,6 @@ Every draw of stochastic depth trains one of 2^L sub-networks (Huang et al., sec
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from .checkpoints import to_resnet
+from .checkpoints import fold
 from .convert import converted_blocks, unconvert
 from .resnet_base import StochasticDepthNet
 from .resnet_cifar import StochasticCifarResNet
@@ -83,9 +82,7 @@ def subnetwork(model: nn.Module, keep: Sequence[int] | None = None, depth: int |
     kept = _kept(blocks, keep, depth)
     small: Any
     if isinstance(model, StochasticDepthNet):
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # that the CIFAR nets need the plugin
-            small = to_resnet(model)
+        small = fold(model)
     else:
         small = copy.deepcopy(model)
         unconvert(small)

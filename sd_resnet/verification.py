@@ -6,7 +6,6 @@ hashes, tensors, configuration, loading, folding.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import json
@@ -26,14 +25,14 @@ from safetensors.torch import load_file
 from timm.models import PretrainedCfg, build_model_with_cfg
 from torch import Tensor, nn
 
-from .checkpoints import to_resnet
+from .checkpoints import fold
 from .failures import VerificationError, damage, explain, one_line
 from .resnet_base import StochasticDepthNet
-from .resnet_imagenet import StochasticResNet
 from .weights import CONFIG, WEIGHTS
 
 CARD, RECORD = 'README.md', 'record.yaml'
-OTHER_WEIGHTS = ('*.bin', '*.pth', '*.pt', '*.tar', '*.ckpt', '*.npz', '*.h5', '*.msgpack')
+OTHER_WEIGHTS = ('*.bin', '*.pth', '*.pt', '*.tar', '*.ckpt', '*.npz', '*.h5', '*.msgpack', '*.safetensors')
+_HASH = r'[0-9a-f]{40}|[0-9a-f]{64}'  # of git, or sha256
 # Of a configuration's `pretrained_cfg`: what would take weights from elsewhere, or other code to read them.
 _NOT_PUBLISHED = ('url', 'file', 'state_dict', 'custom_load')
 # Of its `model_args`: what is addressed to timm's builders, and not to the network.
@@ -94,6 +93,9 @@ def check_contents(folder: Path, name: str, report: Report = lambda line: None) 
         VerificationError: The first check that fails.
     """
     tensors = read_tensors(folder / WEIGHTS, name)
+    wrong = next((k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()), None)
+    if wrong is not None:
+        raise VerificationError(f'{name}: {wrong} is not finite: the training diverged; take an earlier checkpoint')
     report(f'tensors      {len(tensors)} in {WEIGHTS}')
     config = check_config(folder, name)
     model = _check_fit(folder, tensors, name)
@@ -218,7 +220,7 @@ def _fetch(name: str, fix: bool, report: Report, cache: Path | None = None) -> t
         return folder, name
     full = f'{repo_id}@{info.sha}'
     hashes = {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id for s in info.siblings or []}
-    recorded = {file: digest for file, digest in hashes.items() if digest and not _other_weights(file)}
+    recorded = {file: digest for file, digest in hashes.items() if digest and not other_weights(file)}
 
     def fetch(file: str, force: bool = False) -> Path:
         return Path(hf_hub_download(repo_id, file, revision=revision or None, cache_dir=cache, force_download=force))
@@ -232,6 +234,8 @@ def _fetch(name: str, fix: bool, report: Report, cache: Path | None = None) -> t
             report(f'fixed        {file} was damaged in the cache, and is downloaded again')
         found = file_hash(path, len(digest))
         if found != digest:
+            if HfApi().model_info(repo_id, revision=revision or None).sha != info.sha:
+                raise VerificationError(f'{repo_id} was changed meanwhile; verify it again')
             cure = f'the Hub sends other bytes than it recorded: publish {file} again' if fix else 'run with --fix'
             raise VerificationError(f'{full}: {file} is damaged ({_mismatch(digest, found)}); {cure}')
         blob = path.resolve().name
@@ -249,11 +253,14 @@ def _recorded_hashes(folder: Path) -> dict[str, str]:
     recorded = {}
     for path in folder.iterdir():
         blob = path.resolve()
-        if path.is_symlink() and re.fullmatch(r'[0-9a-f]{40}|[0-9a-f]{64}', blob.name):
+        if not blob.exists():
+            raise VerificationError(f'{folder}: {path.name} is lost from the cache; load it again while online')
+        if path.is_symlink() and re.fullmatch(_HASH, blob.name):
             recorded[path.name] = blob.name
     if (folder / RECORD).is_file():
         try:
-            recorded.setdefault(WEIGHTS, yaml.safe_load((folder / RECORD).read_text(encoding='utf-8'))['sha256'])
+            sha256 = yaml.safe_load((folder / RECORD).read_text(encoding='utf-8'))['sha256']
+            recorded.setdefault(WEIGHTS, re.fullmatch(_HASH, sha256)[0])  # type: ignore[index]
         except (yaml.YAMLError, KeyError, TypeError, ValueError):
             raise VerificationError(f'{folder}: {RECORD} is damaged; publish it again') from None
     return recorded
@@ -261,14 +268,14 @@ def _recorded_hashes(folder: Path) -> dict[str, str]:
 
 def _check_hashes(folder: Path, recorded: Mapping[str, str], name: str, report: Report) -> None:
     for file, digest in recorded.items():
-        if not _other_weights(file) and (found := file_hash(folder / file, len(digest))) != digest:
+        if not other_weights(file) and (found := file_hash(folder / file, len(digest))) != digest:
             cure = 'run with --fix while online' if (folder / file).is_symlink() else 'copy or publish it again'
             raise VerificationError(f'{name}: {file} is damaged ({_mismatch(digest, found)}); {cure}')
     report(f'hashes       {len(recorded)} files as recorded' if recorded else 'hashes       none are recorded')
 
 
 def _check_names(names: set[str], config: Mapping[str, Any], name: str) -> None:
-    others = sorted(file for file in names if _other_weights(file))
+    others = sorted(file for file in names if other_weights(file))
     if WEIGHTS not in names:
         found = f' but {", ".join(others)}' if others else ''
         raise VerificationError(f'{name} holds no {WEIGHTS}{found}; publish the weights with: sd-resnet push')
@@ -317,11 +324,7 @@ def _check_folding(model: nn.Module, name: str, report: Report) -> None:
     if not isinstance(model, StochasticDepthNet):
         report(f'plain        {type(model).__name__} of timm, nothing to fold')
         return
-    if isinstance(model, StochasticResNet):
-        folded = to_resnet(model).eval()
-    else:
-        folded = copy.deepcopy(model)
-        folded.set_drop_path(rate=0)
+    folded = fold(model).eval()
     check_function(model, folded, f'{name}: folding changes the outputs; publish the weights again')
     report(f'folds        outputs equal to 1e-5 of the largest ({type(folded).__name__})')
 
@@ -330,10 +333,9 @@ def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(tensor, b[key]) for key, tensor in a.items())
 
 
-def _other_weights(file: str) -> bool:
-    return any(Path(file).match(pattern) for pattern in OTHER_WEIGHTS) or (
-        file.endswith('.safetensors') and file != WEIGHTS
-    )
+def other_weights(file: str) -> bool:
+    """Is it a file that timm may load in the place of `model.safetensors`? Of folders it looks into none."""
+    return '/' not in file and file != WEIGHTS and any(Path(file).match(pattern) for pattern in OTHER_WEIGHTS)
 
 
 def _mismatch(expected: str, found: str) -> str:

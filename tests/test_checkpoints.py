@@ -99,6 +99,11 @@ def test_the_probability_is_in_the_state_dict_where_it_is_below_one_and_in_test_
 
 
 class TestCorners:
+    def test_a_model_that_was_made_in_inference_mode_is_saved(self):
+        with torch.inference_mode():
+            model = timm.create_model('sd_resnet20_cifar')
+        assert model.state_dict()['layer3.2.drop_path.survival_prob'] == 0.5
+
     def test_loading_does_not_touch_the_callers_dict(self):
         state = make('resnet18').state_dict()
         before = copy.deepcopy(state)
@@ -290,6 +295,12 @@ class TestExport:
         plain = timm.create_model(name, **model_args)
         plain.load_state_dict(load_file(tmp_path / 'out.safetensors'))
         assert _agree(plain, model)
+
+    def test_a_network_that_came_from_the_hub_is_known_by_its_tensors(self, tmp_path):
+        model = make('sd_resnet18', full=True)
+        args = argparse.Namespace(model='hf-hub:me/sd_resnet18.mine', gp=None, model_kwargs={})
+        torch.save({'state_dict': model.state_dict(), 'args': args}, tmp_path / 'in.pth')
+        assert export(tmp_path / 'in.pth', tmp_path / 'out.safetensors') == ('resnet18', {'num_classes': 10})
 
     def test_prefixes_and_training_only_norms_are_dropped(self, tmp_path):
         model = make('sd_resnet18', full=True)

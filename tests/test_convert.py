@@ -216,6 +216,14 @@ def test_batch_mode_runs_the_drawn_blocks_and_leaves_zero_gradients(name):
     assert abs(ran / n - 0.6) < 4 * math.sqrt(0.24 / n)
 
 
+def test_what_cannot_be_converted_so_is_refused_with_its_reason():
+    model, x = build(VIT)
+    with pytest.raises(ValueError, match="drop_path_sync must be True or False, got 'no'"):
+        convert(model, x, sync='no')
+    with pytest.raises(ValueError, match=r"model must be timm's, got StochasticResNet, which skips already"):
+        sd_resnet.convert(timm.create_model('sd_resnet18'), 0.5)
+
+
 def test_row_mode_is_timms_drop_path():
     model, x = build('regnetx_002')
     convert(model, x, mode='row')

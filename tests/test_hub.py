@@ -100,9 +100,11 @@ def test_pushing_the_same_makes_no_commit_and_a_better_checkpoint_makes_one(serv
 
 
 def test_other_weights_and_a_former_record_are_deleted_and_other_files_stay(server, run_folder):
-    server.put(REPO, {'pytorch_model.bin': b'old', 'other.safetensors': b'old', 'notes.txt': b'mine'})
+    mine = {'notes.txt': b'mine', 'onnx/model.bin': b'mine', 'logs/features.npz': b'mine', 'a/README.md': b'mine'}
+    server.put(REPO, {'pytorch_model.bin': b'old', 'other.safetensors': b'old', **mine})
     assert push(run_folder) == 0
-    assert sorted(server.files(REPO)) == sorted([*PUBLISHED, *PICTURES, 'notes.txt'])
+    assert sorted(server.files(REPO)) == sorted([*PUBLISHED, *PICTURES, *mine])
+    assert cli.main(['verify', REPO]) == 0
     (run_folder / 'summary.csv').unlink()
     assert push(run_folder) == 0  # the former metrics are not those of these weights
     assert 'summary.csv' not in server.files(REPO)
@@ -266,6 +268,31 @@ def test_a_checkpoint_that_would_run_code_is_refused(server, run_folder, tmp_pat
     assert push(run_folder) == 1
     assert 'was refused' in one_line(capsys)
     assert not (tmp_path / 'exploded').exists()
+
+
+@pytest.mark.parametrize('name', ['sd_resnet18.test', 'me/a/b', 'me//b'])
+def test_a_repository_has_an_owner_and_a_name(server, run_folder, tmp_path, capsys, name):
+    """The Hub's client takes a bare name too, and would make an empty public repository of it."""
+    assert cli.main(['push', str(run_folder), '--repo-id', name]) == 1
+    assert f'repo-id must be USER/NAME, got {name!r}' in one_line(capsys)
+    ready = publishing.prepare(run_folder, tmp_path / 'ready', REPO)
+    with pytest.raises(ValueError, match='repo-id must be USER/NAME'):
+        publishing.push(ready, name)
+    assert not server.requests
+
+
+def test_the_hubs_own_reason_is_told(server, run_folder, capsys):
+    server.fail('status', '*/preupload/*', 400, method='POST', times=99)
+    assert push(run_folder) == 1
+    assert ': injected; correct that, or try again' in one_line(capsys)
+
+
+def test_a_diverged_training_is_called_that(server, run_folder, capsys):
+    checkpoint = torch.load(run_folder / 'last.pth.tar', weights_only=False)
+    checkpoint['state_dict_ema']['layer1.0.conv1.weight'][0] = float('nan')
+    torch.save(checkpoint, run_folder / 'last.pth.tar')
+    assert push(run_folder, '--checkpoint', 'last') == 1
+    assert 'layer1.0.conv1.weight is not finite: the training diverged' in one_line(capsys)
 
 
 def test_of_two_pushes_at_once_one_wins_and_the_other_says_so(server, run_folder, capsys):

@@ -118,6 +118,15 @@ def test_an_existing_folder_is_refused_and_left_alone(tmp_path, capsys):
     assert os.listdir(tmp_path) == ['mine']
 
 
+def test_what_would_fail_after_the_training_fails_before_it(tmp_path, monkeypatch, capsys):
+    assert cli.main(['quickstart', '--out', str(tmp_path / 'out'), '--seed', '-1']) == 1
+    assert 'seed must be between 0 and 2**32 - 1, got -1' in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    assert cli.main(['quickstart', '--out', str(tmp_path / 'out')]) == 1
+    assert 'matplotlib is needed to draw' in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
+
+
 def test_nothing_to_resume_is_said(tmp_path, capsys):
     assert cli.main(['quickstart', '--out', str(tmp_path / 'none'), '--resume']) == 1
     assert 'nothing to resume' in capsys.readouterr().err

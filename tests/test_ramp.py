@@ -172,6 +172,14 @@ def test_set_drop_path_changes_what_the_ramp_leads_to():
     assert rates(model, drop_paths, x, 3) == pytest.approx([0.1, 0.15, 0.2])
 
 
+@pytest.mark.parametrize('name', [RESNET, VIT])
+def test_rates_cannot_be_assigned_where_it_sets_them(name):
+    """Else the assignment would be undone, in silence, at the ramp's next step."""
+    model, drop_paths, x = build(name, ('late', 2))
+    with pytest.raises(AttributeError, match=r'drop_prob cannot be assigned \(got 0.3\): drop_path_ramp sets it'):
+        drop_paths[0].drop_prob = 0.3
+
+
 def test_a_folded_network_has_none():
     model = make('sd_resnet18', drop_path_rescale='train', drop_path_ramp=('late', 5))
     assert set(sd_resnet.to_resnet(model).state_dict()) == set(make('resnet18').state_dict())

@@ -173,6 +173,16 @@ def test_set_drop_path_keeps_the_test_time_function(name):
     assert model.drop_path_mode == 'row'
 
 
+def test_a_pruned_network_keeps_its_probabilities_when_another_setting_changes():
+    model = timm.create_model('sd_resnet18', features_only=True, out_indices=(1, 2, 3)).model
+    before = model.survival_probs
+    assert before == survival_probs(8)[:6]
+    model.set_drop_path(mode='subset', rescale='train')
+    assert model.survival_probs == before
+    model.set_drop_path(rate=0.5)
+    assert model.survival_probs == survival_probs(6)
+
+
 def test_a_refused_set_drop_path_changes_nothing():
     model = make('sd_resnet18')
     before = copy.deepcopy(model.state_dict())
@@ -216,6 +226,8 @@ def test_options_reach_every_entrypoint(name):
     assert model.drop_path_sync is False
     with pytest.raises(ValueError, match='drop_path_mode must be one of'):
         make(name, drop_path_mode='column')
+    with pytest.raises(ValueError, match="drop_path_sync must be True or False, got 'false'"):
+        make(name, drop_path_sync='false')  # as timm's --model-kwargs drop_path_sync=false gives it
 
 
 def test_the_same_seed_gives_the_same_gradients():

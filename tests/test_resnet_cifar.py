@@ -63,6 +63,12 @@ def test_the_classifier_can_be_changed_and_removed():
     assert model(x).shape == (4, 64, 8, 8)
 
 
+@pytest.mark.parametrize('blocks', [(2, 2), (2, 2, 2, 9), (2, 0, 2), 0])
+def test_a_number_of_blocks_is_needed_for_each_stage(blocks):
+    with pytest.raises(ValueError, match='blocks_per_stage must be one number of at least 1 or three, got '):
+        timm.create_model('sd_resnet20_cifar', blocks_per_stage=blocks)
+
+
 def test_dropout_is_the_heads_and_in_training_only():
     model, features = make('sd_resnet20_cifar', drop_rate=0.5), torch.ones(4, 64, 8, 8)
     assert (model.forward_head(features, pre_logits=True) == 1).all()

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 pytest.importorskip('matplotlib', reason='publishing draws pictures with matplotlib')
 
-from sd_resnet import cli
+from sd_resnet import cli, verification
 from sd_resnet import hub as publishing
 
 from .conftest import one_line, write_run
@@ -280,6 +280,41 @@ def test_a_folder_of_the_cache_is_checked_by_its_names(repository, capsys):
     flip(path.resolve())
     assert verify(str(path.parent)) == 1
     assert 'is damaged' in one_line(capsys)
+
+
+def test_what_was_lost_from_the_cache_is_named(repository, capsys):
+    assert verify(REPO) == 0
+    folder = Path(hf_hub_download(REPO, WEIGHTS)).parent
+    (folder / 'summary.csv').resolve().unlink()
+    assert verify(str(folder)) == 1
+    assert 'summary.csv is lost from the cache; load it again while online' in one_line(capsys)
+
+
+def test_a_record_without_a_hash_is_damaged(published, tmp_path, capsys):
+    for name, content in published.items():
+        (tmp_path / name).write_bytes(content)
+    for wrong in ('sha256: null', 'sha256: 5', 'sha256: abc', '[]'):
+        (tmp_path / 'record.yaml').write_text(wrong)
+        assert verify(str(tmp_path)) == 1
+        assert 'record.yaml is damaged' in one_line(capsys)
+
+
+def test_a_push_in_between_is_not_taken_for_damage(repository, published, tmp_path, monkeypatch, capsys):
+    """The list of hashes is one revision's, and the files that are fetched after it another's."""
+    publishing.prepare(write_run(tmp_path / 'run', 'sd_resnet20_cifar', seed=5), tmp_path / 'ready', REPO)
+    other = {path.name: path.read_bytes() for path in (tmp_path / 'ready').iterdir()}
+    download = verification.hf_hub_download
+
+    def after_a_push(*args, **kwargs):
+        if other:
+            repository.put(REPO, other)
+            other.clear()
+        return download(*args, **kwargs)
+
+    monkeypatch.setattr(verification, 'hf_hub_download', after_a_push)
+    assert verify(REPO) == 1
+    assert f'{REPO} was changed meanwhile; verify it again' in one_line(capsys)
+    assert verify(REPO) == 0
 
 
 def test_a_snapshot_in_the_cache_is_mended_where_it_lies(repository, published, tmp_path, capsys):
