@@ -54,7 +54,6 @@ class DropPathRamp(nn.Module):
             return min(1.0, self.steps_done / self.steps)
         return float((self.steps_done < self.steps) == (self.kind == 'early'))
 
-    @property
     def survival_probs(self) -> tuple[float, ...]:
         """p_1 .. p_L at factor 1."""
         return tuple(1 - rate for rate in self._rates)

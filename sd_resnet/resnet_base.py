@@ -78,7 +78,7 @@ class StochasticDepthNet(nn.Module):
         """
         probs = None
         if rate is None and schedule is None:  # also after blocks were pruned away
-            probs = self.survival_probs if self.drop_path_ramp is None else self.drop_path_ramp.survival_probs
+            probs = self.survival_probs if self.drop_path_ramp is None else self.drop_path_ramp.survival_probs()
         if rate is None and (schedule is None or isinstance(schedule, str)):
             rate = self.drop_path_rate
         self._set_drop_path(

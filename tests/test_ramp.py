@@ -175,7 +175,7 @@ def test_set_drop_path_changes_what_the_ramp_leads_to():
 @pytest.mark.parametrize('name', [RESNET, VIT])
 def test_rates_cannot_be_assigned_where_it_sets_them(name):
     """Else the assignment would be undone, in silence, at the ramp's next step."""
-    model, drop_paths, x = build(name, ('late', 2))
+    _, drop_paths, _ = build(name, ('late', 2))
     with pytest.raises(AttributeError, match=r'drop_prob cannot be assigned \(got 0.3\): drop_path_ramp sets it'):
         drop_paths[0].drop_prob = 0.3
 
