@@ -2,6 +2,9 @@
 
 import argparse
 import hashlib
+import os
+import subprocess
+import sys
 import time
 import types
 
@@ -131,6 +134,15 @@ def write_run(folder, name='sd_resnet18', epochs=(41.5, 52.25), seed=0, **kwargs
         lines.append(f'{epoch},{2 - epoch / 8},{2.125 - epoch / 8},{accuracy},{accuracy + 30},0.05')
     (folder / 'summary.csv').write_text('\n'.join(lines) + '\n')
     return folder
+
+
+def fresh_python(code, *args, cwd=None, **environment):
+    """What a new Python prints: nothing of this process's patches or registrations is in it."""
+    command = [sys.executable, '-c', code, *map(str, args)]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', **environment}
+    done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
 
 
 def edit_args(run, **changes):

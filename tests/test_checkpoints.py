@@ -247,9 +247,10 @@ class TestToResnet:
 
 
 @pytest.fixture(scope='module')
-def run_folder(tmp_path_factory):
+def trained(tmp_path_factory):
     """What timm's train.py leaves behind: its own saver, an argparse.Namespace, EMA, optimizer state."""
     folder = tmp_path_factory.mktemp('run')
+    torch.manual_seed(0)
     model = make('sd_resnet18', full=True, num_classes=7, in_chans=1)
     averaged = ModelEmaV3(model)
     with torch.no_grad():
@@ -264,8 +265,8 @@ def run_folder(tmp_path_factory):
 
 class TestExport:
     @pytest.mark.parametrize('use_ema', [True, False])
-    def test_timms_checkpoint_becomes_a_plain_resnets_file(self, run_folder, tmp_path, use_ema):
-        folder, model, averaged = run_folder
+    def test_timms_checkpoint_becomes_a_plain_resnets_file(self, trained, tmp_path, use_ema):
+        folder, model, averaged = trained
         name, model_args = export(folder / 'model_best.pth.tar', tmp_path / 'out.safetensors', use_ema=use_ema)
         assert (name, model_args) == ('resnet18', {'num_classes': 7, 'in_chans': 1})
         plain = timm.create_model(name, **model_args)
@@ -324,25 +325,25 @@ class TestExport:
             export(tmp_path / 'tiny.safetensors', tmp_path / 'out.safetensors')
         assert not (tmp_path / 'out.safetensors').exists()
 
-    def test_an_existing_file_is_not_overwritten(self, run_folder, tmp_path):
+    def test_an_existing_file_is_not_overwritten(self, trained, tmp_path):
         (tmp_path / 'out.safetensors').write_text('mine')
         with pytest.raises(FileExistsError, match='exists; remove it, or choose another name'):
-            export(run_folder[0] / 'last.pth.tar', tmp_path / 'out.safetensors')
+            export(trained[0] / 'last.pth.tar', tmp_path / 'out.safetensors')
         assert (tmp_path / 'out.safetensors').read_text() == 'mine'
 
-    def test_a_full_disk_leaves_nothing_half_written(self, run_folder, tmp_path, monkeypatch):
+    def test_a_full_disk_leaves_nothing_half_written(self, trained, tmp_path, monkeypatch):
         def full(tensors, path, **kwargs):
             path.write_bytes(b'half')
             raise OSError(errno.ENOSPC, 'No space left on device', str(path))
 
         monkeypatch.setattr(checkpoints, 'save_file', full)
         with pytest.raises(OSError, match='No space left on device'):
-            export(run_folder[0] / 'last.pth.tar', tmp_path / 'out.safetensors')
+            export(trained[0] / 'last.pth.tar', tmp_path / 'out.safetensors')
         assert os.listdir(tmp_path) == []
 
-    def test_a_missing_folder_is_named(self, run_folder, tmp_path):
+    def test_a_missing_folder_is_named(self, trained, tmp_path):
         with pytest.raises(OSError, match='nowhere'):
-            export(run_folder[0] / 'last.pth.tar', tmp_path / 'nowhere' / 'out.safetensors')
+            export(trained[0] / 'last.pth.tar', tmp_path / 'nowhere' / 'out.safetensors')
 
 
 class TestReadCheckpoint:

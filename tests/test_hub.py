@@ -8,8 +8,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +24,7 @@ from sd_resnet import cli
 from sd_resnet import hub as publishing
 from sd_resnet.records import read_run
 
-from .conftest import edit_args, images, one_line, write_run
+from .conftest import edit_args, fresh_python, images, one_line, write_run
 
 REPO = 'me/sd_resnet18.test'
 PUBLISHED = ['README.md', 'args.yaml', 'config.json', 'model.safetensors', 'record.yaml', 'summary.csv']
@@ -35,15 +33,6 @@ PICTURES = ['survival.png', 'training.png']
 
 def push(folder, *options):
     return cli.main(['push', str(folder), '--repo-id', REPO, *options])
-
-
-def fresh_process(code, **environment):
-    """What a new Python prints: nothing of this process's patches or registrations is in it."""
-    done = subprocess.run(
-        [sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip()
 
 
 LOAD = """
@@ -65,9 +54,9 @@ def test_what_arrives_in_another_process_is_what_was_trained(server, run_folder,
     revision, line = re.search(r'revision +(\w{40})', out)[1], re.search(r'load it +(timm.*)', out)[1]
     assert server.repos[REPO].heads['main'] == revision
     assert line == f"timm.create_model('hf-hub:{REPO}', pretrained=True)"
-    elsewhere = fresh_process(LOAD.format(f'{REPO}@{revision}'), HF_HOME=str(tmp_path / 'empty'))
+    elsewhere = fresh_python(LOAD.format(f'{REPO}@{revision}'), HF_HOME=str(tmp_path / 'empty'))
     publishing.prepare(run_folder, tmp_path / 'dry', REPO)
-    here = fresh_process(LOAD.format(REPO).replace('hf-hub:' + REPO, f'local-dir:{tmp_path / "dry"}'))
+    here = fresh_python(LOAD.format(REPO).replace('hf-hub:' + REPO, f'local-dir:{tmp_path / "dry"}'))
     assert elsewhere == here
     trained = read_run(run_folder).model()
     model = timm.create_model(f'hf-hub:{REPO}', pretrained=True)
@@ -383,7 +372,7 @@ def test_plain_computes_the_same_and_says_what_it_needs(server, tmp_path, name, 
     with torch.no_grad():
         expected = read_run(run).model()(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
     plugin = '0' if name == 'sd_resnet18' else '1'
-    said = fresh_process(LOAD.format(REPO), HF_HOME=str(tmp_path / 'empty'), SD_RESNET_AUTOLOAD=plugin).split()
+    said = fresh_python(LOAD.format(REPO), HF_HOME=str(tmp_path / 'empty'), SD_RESNET_AUTOLOAD=plugin).split()
     found = torch.tensor([float(value) for value in said[2:]]).view_as(expected)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     if name == 'sd_resnet18':

@@ -2,9 +2,6 @@
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import types
 from itertools import pairwise
 
@@ -20,7 +17,7 @@ from sd_resnet import cli, datasets, pruning
 from sd_resnet.convert import converted_blocks
 from sd_resnet.pruning import check_savable, error_and_loss, estimate_statistics, forward_flops, load, prune, save
 
-from .conftest import images, make, one_line, write_run
+from .conftest import fresh_python, images, make, one_line, write_run
 from .test_convert import build, convert
 from .test_converted_models import VIT
 
@@ -148,15 +145,8 @@ model = timm.create_model(f'local-dir:{sys.argv[1]}', pretrained=True).eval()
 assert 'sd_resnet' not in sys.modules
 print(model(torch.ones(1, 3, 32, 32))[0].tolist())
 """
-    elsewhere = subprocess.run(
-        [sys.executable, '-c', code, tmp_path / 'small'],
-        env={**os.environ, 'SD_RESNET_AUTOLOAD': '0', 'OMP_NUM_THREADS': '1'},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=True,
-    )
-    assert json.loads(elsewhere.stdout) == pytest.approx(small(torch.ones(1, 3, 32, 32))[0].tolist(), rel=1e-4)
+    elsewhere = fresh_python(code, tmp_path / 'small', SD_RESNET_AUTOLOAD='0')
+    assert json.loads(elsewhere) == pytest.approx(small(torch.ones(1, 3, 32, 32))[0].tolist(), rel=1e-4)
 
 
 @pytest.fixture

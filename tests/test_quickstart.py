@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -16,6 +15,8 @@ pytest.importorskip('sklearn', reason='the quickstart needs scikit-learn')
 pytest.importorskip('matplotlib', reason='the quickstart draws with matplotlib')
 
 from sd_resnet import cli, quickstart
+
+from .conftest import fresh_python
 
 
 @pytest.fixture(scope='module')
@@ -186,14 +187,10 @@ print(hashlib.sha256(logits.numpy().tobytes()).hexdigest(), quickstart._percent(
 
 def test_the_run_goes_to_the_hub_and_has_the_same_accuracy_in_another_process(finished, server, tmp_path, capsys):
     assert cli.main(['push', str(finished / 'run'), '--repo-id', 'me/digits', '--license', 'apache-2.0']) == 0
-    environment = {**os.environ, 'HF_HOME': str(tmp_path / 'empty')}
-    done = subprocess.run(
-        [sys.executable, '-c', EVALUATE, str(finished / 'data')], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    elsewhere = fresh_python(EVALUATE, finished / 'data', HF_HOME=str(tmp_path / 'empty'))
     model = timm.create_model(f'local-dir:{finished / "hub"}', pretrained=True)
     logits, labels = quickstart.predict(model, quickstart._loader(finished / 'data', train=False))
     digest = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
-    assert done.stdout.split() == [digest, str(quickstart._percent(logits, labels))]
+    assert elsewhere.split() == [digest, str(quickstart._percent(logits, labels))]
     card = server.files('me/digits')['README.md'].decode()
     assert f'{quickstart._percent(logits, labels):.5g}' in card

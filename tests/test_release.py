@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from sd_resnet import hub as publishing
 from sd_resnet.evaluation import evaluate
 from sd_resnet.release import release, stated_accuracy, write_index
 
-from .conftest import edit_args, one_line, write_run
+from .conftest import edit_args, fresh_python, one_line, write_run
 
 ROOT = Path(__file__).parent.parent
 RELEASED = sorted(path.parent.name for path in (ROOT / 'weights').glob(f'*/{weights.WEIGHTS}'))
@@ -153,18 +151,8 @@ with torch.no_grad():
 def load(package_parent, extra_path=None):
     """The released weights, by name, in a Python of its own whose package lies there; no Hub can be reached."""
     paths = [str(package_parent), *([extra_path] if extra_path else [])]
-    environment = {
-        **os.environ,
-        'PYTHONPATH': os.pathsep.join(paths),
-        'SD_RESNET_AUTOLOAD': '0',
-        'HF_HUB_OFFLINE': '1',
-        'OMP_NUM_THREADS': '1',
-    }
-    result = subprocess.run(
-        [sys.executable, '-c', LOAD], env=environment, capture_output=True, text=True, timeout=250, cwd=package_parent
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    environment = {'PYTHONPATH': os.pathsep.join(paths), 'SD_RESNET_AUTOLOAD': '0', 'HF_HUB_OFFLINE': '1'}
+    return json.loads(fresh_python(LOAD, cwd=package_parent, **environment))
 
 
 @pytest.mark.parametrize('layout', ['wheel', 'checkout, older timm'])

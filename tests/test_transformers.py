@@ -1,9 +1,5 @@
 """A published network in transformers' image-classification classes, which build it by timm and load it themselves."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 pytest.importorskip('transformers', reason='transformers is not installed')
@@ -11,7 +7,7 @@ pytest.importorskip('matplotlib', reason='publishing draws pictures with matplot
 
 from sd_resnet import cli
 
-from .conftest import write_run
+from .conftest import fresh_python, write_run
 
 REPO = 'me/net'
 LOAD = """
@@ -46,9 +42,4 @@ print(type(theirs.timm_model).__name__)
 def test_the_auto_class_computes_what_was_published(server, tmp_path, name, options, kind):
     run = write_run(tmp_path / 'run', name, drop_path_rate=0.4, drop_path_mode='subset')
     assert cli.main(['push', str(run), '--repo-id', REPO, *options]) == 0
-    environment = {**os.environ, 'HF_HOME': str(tmp_path / 'home')}
-    done = subprocess.run(
-        [sys.executable, '-c', LOAD], capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == [kind]
+    assert fresh_python(LOAD, cwd=tmp_path, HF_HOME=str(tmp_path / 'home')) == kind
