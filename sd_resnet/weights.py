@@ -67,10 +67,8 @@ def spread_stem(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Te
         model: That takes it.
     """
     config: Any = model.pretrained_cfg
-    name = (config or {}).get('first_conv')
-    if _TIMM_SPREADS or name is None:
-        return state_dict
+    name: Any = (config or {}).get('first_conv')
     weight = state_dict.get(f'{name}.weight')
-    if weight is None or weight.shape[1] != 1 or model.get_submodule(name).in_channels == 1:
+    if _TIMM_SPREADS or weight is None or weight.shape[1] != 1 or model.get_submodule(name).in_channels == 1:
         return state_dict
     return {**state_dict, f'{name}.weight': (weight.float() / 3).repeat(1, 3, 1, 1)}
