@@ -215,6 +215,7 @@ def plot_quickstart(results: Sequence[Result], path: Path) -> None:
     accuracies.annotate(
         f'{final:.2f} %', (len(results[0].history), final), (0, -28), textcoords='offset points', ha='right', fontsize=9
     )
+    losses.set_ylim(top=losses.get_ylim()[1] * (5 if losses.get_yscale() == 'log' else 1.3))  # room for the legend
     losses.legend(fontsize=8, frameon=False, loc='upper right')
     accuracies.legend(fontsize=8, frameon=False, loc='center right')
 
