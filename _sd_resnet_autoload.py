@@ -9,26 +9,31 @@ import sys
 
 
 class _Finder:
-    """Finds `timm` as the other finders do, with a loader that imports the plugin afterwards."""
+    """Finds `timm` as the other finders do, with a loader that imports the plugin afterwards.
 
-    busy = False
+    And `sd_resnet`, for one look at whether it is a package.
+    """
+
+    busy = set()  # noqa: RUF012 - typing is not imported at Python's start
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        if name != 'timm' or cls.busy:
+        if name not in ('timm', 'sd_resnet') or name in cls.busy:
             return None
-        cls.busy = True  # the finders asked below may look for timm through the import system again
+        cls.busy.add(name)  # the finders asked below may look for it through the import system again
         try:
             for finder in sys.meta_path:
                 find_spec = None if finder is cls else getattr(finder, 'find_spec', None)
                 spec = find_spec(name, path, target) if find_spec else None
                 if spec is not None:
-                    if hasattr(spec.loader, 'exec_module'):
+                    if name == 'sd_resnet':
+                        _check(spec)
+                    elif hasattr(spec.loader, 'exec_module'):
                         spec.loader = _Loader(spec.loader)
                     return spec
             return None
         finally:
-            cls.busy = False
+            cls.busy.discard(name)
 
 
 class _Loader:
@@ -49,8 +54,6 @@ class _Loader:
         # timm and its users see the loader that they would see without this module
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        # A new list: one that shrinks while another thread walks it would hide a finder from that thread
-        sys.meta_path = [finder for finder in sys.meta_path if finder is not _Finder]
         try:
             import sd_resnet  # noqa: F401
         except Exception as error:
@@ -58,6 +61,19 @@ class _Loader:
                 'sd_resnet could not be imported, so its models are not registered with timm: '
                 f'{type(error).__name__}: {error} (SD_RESNET_AUTOLOAD=0 turns automatic registration off)'
             )
+        finally:
+            # A new list: one that shrinks while another thread walks it would hide a finder from that thread
+            sys.meta_path = [finder for finder in sys.meta_path if finder is not _Finder]
+
+
+def _check(spec):
+    """Python imports a folder without `__init__.py` too, as an empty package: one left by a checkout that has moved."""
+    if spec.loader is None:
+        folders = ', '.join(spec.submodule_search_locations or ())
+        _warn(
+            f'sd_resnet is not there, so its models are not registered with timm: {folders} has no __init__.py and is '
+            'imported as an empty package; install sd_resnet again, or remove that folder'
+        )
 
 
 def _warn(message):

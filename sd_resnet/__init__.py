@@ -8,7 +8,7 @@ from .schedules import expected_depth, survival_probs
 from .stochastic_depth import StochasticDepth
 from .subnetworks import subnetwork
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 __all__ = [
     'StochasticDepth',

@@ -186,7 +186,7 @@ def _measure(
         if cost := costs.get(name):
             mode = next(iter(drop_paths(model).values())).mode
             rows[name].bound = cost.expected_share if mode != 'row' else 1.0
-            shares[name] = _record_shares(model, settings.batch, cost)
+            shares[name] = _record_shares(model, cost, settings.compile)
         forwards[name] = _forward(model, images, labels, settings)
         steps[name] = _step(model, forwards[name])
 
@@ -276,24 +276,24 @@ def _timed(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def _record_shares(model: nn.Module, batch: int, cost: NetworkCost) -> list[float]:
-    """A list that grows by the share of FLOPs that each step runs; in subset mode, where all run the same, of one."""
+def _record_shares(model: nn.Module, cost: NetworkCost, compiled: bool) -> list[float]:
+    """A list that grows by the share of FLOPs that each step runs; else of one, where that is not to be seen."""
     own = list(drop_paths(model).values())
     if own[0].mode == 'row':
         return [1.0]
-    if own[0].mode == 'subset':
-        return [cost.share([drop_path.rows(batch) / batch for drop_path in own])]
+    if own[0].mode == 'subset' and compiled:  # one graph, which draws for itself
+        return [cost.expected_share]
 
     shares: list[float] = []
     if isinstance(model, StochasticDepthNet):
         draw = model.draw
 
         def drawn(x: Tensor) -> Any:
-            decisions = draw(x)
-            shares.append(cost.share([1.0] * len(own) if decisions is None else [float(bool(d)) for d in decisions]))
-            return decisions
+            draws = draw(x)
+            shares.append(cost.share([1.0] * len(own) if draws is None else [d.share(len(x)) for d in draws]))
+            return draws
 
-        model.draw = drawn  # type: ignore[method-assign]
+        model.draw = drawn  # type: ignore[method-assign, assignment]
         return shares
 
     ran = dict.fromkeys(own, 1.0)
@@ -302,9 +302,9 @@ def _record_shares(model: nn.Module, batch: int, cost: NetworkCost) -> list[floa
 
     @torch.compiler.disable
     def drawn_one(block: ConvertedBlock, x: Tensor) -> Any:
-        p_l, decision = draw_one(block, x)
-        ran[block.stochastic_depth] = 1.0 if decision is None else float(bool(decision))
-        return p_l, decision
+        drawn = draw_one(block, x)
+        ran[block.block_drop_path] = drawn.share(len(x))
+        return drawn
 
     draws.draw = drawn_one
     model.register_forward_hook(torch.compiler.disable(lambda *args: shares.append(cost.share(list(ran.values())))))

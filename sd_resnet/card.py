@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import __version__
 from .checkpoints import NO_PLAIN_CIFAR
-from .costs import NetworkCost, drop_paths
+from .costs import NetworkCost
 from .records import Run
 from .resnet_imagenet import StochasticResNet
 
@@ -74,7 +74,7 @@ def describe(
             'mode': trained.drop_path_mode,
             'rescale': trained.drop_path_rescale,
             'ramp': (run.args.get('model_kwargs') or {}).get('drop_path_ramp'),
-            'share': round(cost.share(_computed(trained, run.args.get('batch_size'))), 3),
+            'share': round(cost.share(_computed(trained)), 3),
             'probabilities': [round(p, 6) for p in trained.survival_probs],
         },
         'preprocessing': {
@@ -89,13 +89,9 @@ def describe(
     }
 
 
-def _computed(trained: Any, batch: int | None) -> list[float]:
-    """Share of each block's branch that a training step computes on average; subset mode keeps whole rows."""
-    if trained.drop_path_mode == 'row':
-        return [1.0] * len(trained.survival_probs)
-    if trained.drop_path_mode == 'subset' and batch:
-        return [drop_path.rows(batch) / batch for drop_path in drop_paths(trained).values()]
-    return list(trained.survival_probs)
+def _computed(trained: Any) -> list[float]:
+    """Share of each block's branch that a training step computes on average."""
+    return [1.0] * len(trained.survival_probs) if trained.drop_path_mode == 'row' else list(trained.survival_probs)
 
 
 def constant_depth(record: dict[str, Any]) -> bool:

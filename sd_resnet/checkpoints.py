@@ -17,13 +17,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import clean_state_dict
-from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from .failures import one_line
 from .resnet_base import StochasticDepthNet
-from .resnet_blocks import Stage
 from .resnet_imagenet import StochasticResNet
+from .scripting import become_plain
 
 NO_PLAIN_CIFAR = (
     'timm has no architecture for the CIFAR nets: folded, they are the same class at drop_path_rate=0, which needs '
@@ -97,14 +96,14 @@ def read_checkpoint(path: str | Path, use_ema: bool = True) -> Checkpoint:
 
 
 def to_resnet(model: nn.Module) -> nn.Module:
-    """The same network as a plain timm `ResNet`, survival probabilities folded into its weights.
+    """The same network as a plain timm `ResNet`.
 
     Args:
         model: A model of this package.
 
     Returns:
-        A copy that computes the same at test time; for the CIFAR nets, which timm does not have, with a warning,
-        the same class at `drop_path_rate=0`.
+        A copy that computes the same at test time; for the CIFAR nets, which timm does not have, with a warning, the
+        same class at `drop_path_rate=0`.
 
     Raises:
         TypeError: `model` is not a model of this package.
@@ -112,7 +111,7 @@ def to_resnet(model: nn.Module) -> nn.Module:
     if not isinstance(model, StochasticDepthNet):
         raise TypeError(
             f'model must be a model of sd_resnet, got {type(model).__name__}; unwrap DDP (`.module`), EMA (`.module`), '
-            'torch.compile (`._orig_mod`) and features_only (`.model`) first'
+            'torch.compile (`._orig_mod`) and features_only (`.network`) first'
         )
     if not isinstance(model, StochasticResNet):
         warnings.warn(NO_PLAIN_CIFAR, stacklevel=2)
@@ -122,22 +121,11 @@ def to_resnet(model: nn.Module) -> nn.Module:
 def fold(model: StochasticDepthNet) -> nn.Module:
     """`to_resnet` without its warning."""
     plain: Any = copy.deepcopy(model)
-    plain._modules.pop('drop_path_ramp', None)
     plain.drop_path_ramp = None
     plain.set_drop_path(rate=0)
     if not isinstance(model, StochasticResNet):
         return plain
-    # A change of class, not a new network: the copy keeps its device, type, classifier and norm layers.
-    for block in plain.blocks():
-        del block.drop_path
-        block.drop_path = None
-        block.__class__ = block.plain_class
-    for stage in plain.children():
-        if isinstance(stage, Stage):
-            stage.__class__ = nn.Sequential  # type: ignore[assignment]
-    for name in [name for name in plain.__dict__ if name.startswith('drop_path_') or name == '_shared_generator']:
-        delattr(plain, name)
-    plain.__class__ = ResNet
+    become_plain(plain, lambda drop_path: None)
     if hasattr(plain, '_model_args'):  # what timm's exports say that the network was built with
         plain._model_args = {k: v for k, v in plain._model_args.items() if not k.startswith('drop_path')}
     cfg = getattr(plain, 'pretrained_cfg', None)

@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(
         'export',
-        'write a checkpoint as a plain timm ResNet, survival probabilities folded into the weights',
+        'write a checkpoint as a plain timm ResNet',
         'export output/train/RUN/model_best.pth.tar --out resnet50.safetensors',
         _export,
     )

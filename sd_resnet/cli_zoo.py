@@ -69,7 +69,6 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument('--tag', metavar='NAME', help='of the weights')
     sub.add_argument('--data', type=Path, metavar='DIR', help='written by sd-resnet data fashion-mnist DIR')
     sub.add_argument('--weights', type=Path, default=Path('weights'), metavar='DIR', help='of all (%(default)s)')
-    sub.add_argument('--half', action='store_true', help='store convolutions and classifier as bfloat16')
     sub.add_argument('--user', default='USER', metavar='NAME', help='owner of the repository, for the card')
     sub.add_argument('--notes', metavar='TEXT', help='for the card, for example how the images were prepared')
     sub.add_argument('--hardware', metavar='TEXT', help='that it was trained on, for the card')
@@ -141,12 +140,12 @@ def _release(args: argparse.Namespace) -> None:
     from .release import release, write_index
 
     if args.run_folder is None:
-        if any((args.tag, args.data, args.half, args.notes, args.hardware, args.baseline)):
+        if any((args.tag, args.data, args.notes, args.hardware, args.baseline)):
             raise UsageError('give RUN, the folder of a training run')
         print(f'wrote {write_index(args.weights)}')
         return
     if args.tag is None or args.data is None:
         raise UsageError('give --tag and --data with a run')
-    options = {name: getattr(args, name) for name in ('half', 'user', 'notes', 'hardware', 'baseline')}
+    options = {name: getattr(args, name) for name in ('user', 'notes', 'hardware', 'baseline')}
     folder, found = release(args.run_folder, args.tag, args.data, args.weights, **options)
     print(f'wrote {folder}, top-1 {found.top1:.2f} %, error {100 - found.top1:.2f} %')

@@ -1,7 +1,7 @@
-"""What keeps decisions out of `torch.compile`, and the work they leave in it.
+"""What keeps draws out of `torch.compile`, and the work they leave in it.
 
-A decision that is taken inside a compiled frame is a guard: every other outcome compiles the frame again, until torch's
-limit of recompilations per code object is reached and the frame runs uncompiled. So the frames that decide are kept
+A draw that is used inside a compiled frame is a guard: every other outcome compiles the frame again, until torch's
+limit of recompilations per code object is reached and the frame runs uncompiled. So the frames that use one are kept
 out of the compiler, and what they call is compiled frame by frame.
 """
 
@@ -13,15 +13,39 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.fx
 from torch import nn
 
-TRACED = (
-    'a block in training mode cannot be traced: one random decision would be frozen into the graph; trace in '
-    'evaluation mode, or keep the blocks whole with timm.models.get_notrace_modules()'
-)
+from .private_api import exporting
 
 
-def twin(function: Any) -> Any:
+def check_traceable(x: Any) -> None:
+    """Raise where `torch.fx` would freeze one draw into its graph.
+
+    Raises:
+        RuntimeError: `x` is a `torch.fx.Proxy`.
+    """
+    if isinstance(x, torch.fx.Proxy):
+        raise RuntimeError(
+            'a block in training mode cannot be traced: one random decision would be frozen into the graph; trace in '
+            'evaluation mode, or keep the blocks whole with timm.models.get_notrace_modules()'
+        )
+
+
+def check_exportable() -> None:
+    """Raise where a frame that is kept out of the compiler would be exported.
+
+    Raises:
+        RuntimeError: `torch.export` is at work.
+    """
+    if exporting():
+        raise RuntimeError(
+            "drop_path_mode='batch', and any mode with drop_path_ramp, cannot be exported in training: one draw would "
+            "be frozen into the graph; export model.eval(), or use drop_path_mode='subset' or 'row' without a ramp"
+        )
+
+
+def with_own_code(function: Any) -> Any:
     """The same function with a code object of its own, by which the compiler knows a function."""
     copy = FunctionType(
         function.__code__.replace(),
@@ -30,36 +54,50 @@ def twin(function: Any) -> Any:
         function.__defaults__,
         function.__closure__,
     )
+    copy.__kwdefaults__ = function.__kwdefaults__
     copy.__annotations__ = function.__annotations__
     return copy
 
 
 def outside_compiler(function: Any) -> Any:
     """Decorates a method whose own frame is not compiled, while the functions that it calls are."""
-    return torch.compiler.disable(twin(function), recursive=False)
+    return torch.compiler.disable(with_own_code(function), recursive=False)
 
 
-class forward_by_mode:
-    """Decorates a module's `forward`, whose frame is kept out of the compiler while `decides_per_batch()`.
+class forward_by_mode(property):
+    """Decorates a module's `forward`, whose frame is kept out of the compiler while `runs_outside_compiler()`.
 
-    `Module.__call__` looks `forward` up, so this is the one place that its hooks and a compiler both pass. Older
-    compilers follow an attribute of the module, and not `function.__get__`.
+    `Module.__call__` looks `forward` up, so this is the one place that its hooks and a compiler both pass. It is a
+    property because compilers follow one; a `forward` of a single module, as tools put there, comes first all the same.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
+        def by_mode(module: Any) -> Any:
+            if 'forward' in module.__dict__:
+                return module.__dict__['forward']
+            if not module.runs_outside_compiler():
+                return module._forward_inside
+            check_exportable()
+            return module._forward_outside_compiler
+
+        super().__init__(by_mode)
         self.forward = forward
 
     def __set_name__(self, owner: type, name: str) -> None:
         owner._forward_inside = self.forward  # type: ignore[attr-defined]
-        owner._forward_outside = outside_compiler(self.forward)  # type: ignore[attr-defined]
+        owner._forward_outside_compiler = outside_compiler(self.forward)  # type: ignore[attr-defined]
 
     def __get__(self, module: Any, owner: Any = None) -> Any:
-        if module is None:
-            return self.forward
-        return module._forward_outside if module.decides_per_batch() else module._forward_inside
+        return self.forward if module is None else super().__get__(module, owner)
+
+    def __set__(self, module: Any, forward: Any) -> None:
+        module.__dict__['forward'] = forward
+
+    def __delete__(self, module: Any) -> None:
+        del module.__dict__['forward']
 
 
-_twins: WeakKeyDictionary[nn.Module, dict[str, Callable[..., Any]]] = WeakKeyDictionary()
+_own_functions: WeakKeyDictionary[nn.Module, dict[str, Callable[..., Any]]] = WeakKeyDictionary()
 
 
 @torch.compiler.disable
@@ -68,7 +106,7 @@ def own_code(module: nn.Module, method: str) -> Callable[..., Any]:
 
     Recompilations are counted by code object: blocks of many shapes that share one would use up the limit together.
     """
-    twins = _twins.setdefault(module, {})
-    if method not in twins:
-        twins[method] = twin(getattr(type(module), method))
-    return twins[method]
+    functions = _own_functions.setdefault(module, {})
+    if method not in functions:
+        functions[method] = with_own_code(getattr(type(module), method))
+    return functions[method]

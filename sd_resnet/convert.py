@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 from torch import nn
 
 from .converted_block import BlockDropPath, ConvertedBlock, Draws, converted_class
+from .draws import check_sync
+from .paper_rescaling import fold_all
+from .private_api import remove_loading_hook
 from .ramp import as_ramp
-from .ranks import check_sync
-from .residual_search import Found, copy_without_data, search
+from .residual_search import NEVER_USED, Found, copy_without_data, find_slots, search
 from .schedules import Schedule, survival_probs
 from .stochastic_depth import StochasticDepth, check_settings
 
@@ -63,7 +66,7 @@ def convert(
         ValueError: An argument is not allowed, or there is no block to convert.
         RuntimeError: The network does not run on images of `input_size`.
     """
-    check_settings(1.0, mode, 'train')
+    check_settings(1.0, mode)
     check_sync(sync)
     if any(isinstance(m, StochasticDepth) and not isinstance(m, BlockDropPath) for m in model.modules()):
         raise ValueError(f"model must be timm's, got {type(model).__name__}, which skips already: use set_drop_path")
@@ -71,6 +74,7 @@ def convert(
     new_ramp = as_ramp(ramp, None if first is None else first.device)
     plain = copy_without_data(model)  # a model that is converted already stays so if anything fails
     unconvert(plain)
+    rates = {slot.holder: slot.rate for slot in find_slots(plain)}
     found, left_alone = search(plain, own_input_size(model) if input_size is None else input_size)
     name = type(model).__name__
     if not found:
@@ -84,19 +88,20 @@ def convert(
     drop_paths = []
     for block, p_l in zip(found, probs):
         module: Any = modules[block.name]
-        drop_path = BlockDropPath(p_l, mode, 'train').train(module.training)
+        drop_path = BlockDropPath(p_l, mode).train(module.training)
         drop_path.network_drops = min(probs) < 1
         drop_path.ramped = new_ramp is not None
-        slots = [(modules[slot.holder], slot.name) for slot in block.slots]
+        slots = [(slot.holder.removeprefix(block.name).removeprefix('.'), slot.name) for slot in block.slots]
         # Not through nn.Module's __setattr__: nothing here is one more child of the block
         module.__dict__.update(
-            stochastic_depth=drop_path,
             draws=draws,
-            ends_in_relu=block.relu,
-            plain_slots=[(holder, slot, getattr(holder, slot)) for holder, slot in slots],
+            last_relu=block.activation,
+            scales_inside=block.identity and len(block.slots) == 1,
+            plain_forward=module.__dict__.pop('forward', None),
+            plain_slots=[(holder, slot, getattr(module.get_submodule(holder), slot)) for holder, slot in slots],
         )
         for place, (holder, slot) in enumerate(slots):
-            setattr(holder, slot, nn.Identity() if place else drop_path)
+            setattr(module.get_submodule(holder), slot, nn.Identity() if place else drop_path)
         own_class: Any = type(module)
         module.__class__ = converted_class(own_class)
         drop_paths.append(drop_path)
@@ -104,19 +109,30 @@ def convert(
         new_ramp.govern(drop_paths)
         draws.counting = [modules[block.name] for block in found]
         model.add_module(RAMP, new_ramp)
-    model.register_load_state_dict_pre_hook(_without_ramp)
+    model.register_load_state_dict_pre_hook(_before_loading)
+    computing = {
+        name: rate for name, rate in rates.items() if left_alone.get(name, NEVER_USED) != NEVER_USED and rate > 0
+    }
+    if computing:
+        listed = ', '.join(f'{name} (rate {rate:g}): {left_alone[name]}' for name, rate in list(computing.items())[:3])
+        warnings.warn(
+            f'{type(model).__name__}: {len(computing)} drop paths are left as they are and save no work: {listed}',
+            stacklevel=2,
+        )
     return Conversion({block.name: p_l for block, p_l in zip(found, probs)}, left_alone)
 
 
 def unconvert(model: nn.Module) -> None:
-    """Undo `convert`, in place: the blocks' own classes, and the drop paths with the rates that they had."""
+    """Undo `convert`, in place: the blocks' own classes, and the drop paths with the rates that they had.
+
+    Args:
+        model: A converted network, or a module around one.
+    """
     for module in list(model.modules()):
         if isinstance(module, ConvertedBlock):
             module.restore()
-    model._modules.pop(RAMP, None)
-    hooks = model._load_state_dict_pre_hooks
-    for key in [key for key, hook in hooks.items() if getattr(hook, 'hook', None) is _without_ramp]:
-        del hooks[key]
+        if remove_loading_hook(module, _before_loading) and hasattr(module, RAMP):
+            delattr(module, RAMP)
 
 
 def converted_blocks(model: nn.Module) -> dict[str, ConvertedBlock]:
@@ -124,10 +140,20 @@ def converted_blocks(model: nn.Module) -> dict[str, ConvertedBlock]:
     return {name: module for name, module in model.named_modules() if isinstance(module, ConvertedBlock)}
 
 
-def _without_ramp(model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """A network without a ramp loads what one with a ramp has saved."""
-    if RAMP not in model._modules:
+def _before_loading(
+    model: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """A network loads what one with a ramp, or one of the first edition, has saved."""
+    if getattr(model, RAMP, None) is None:
         state_dict.pop(f'{prefix}{RAMP}.step', None)
+    fold_all(model, state_dict, prefix, local_metadata, error_msgs)
 
 
 def _survival_probs(found: Sequence[Found], rate: float | None, schedule: Schedule) -> tuple[float, ...]:

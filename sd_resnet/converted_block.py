@@ -7,30 +7,54 @@ branch, `block(x) - x`, is skipped for a whole mini-batch, or runs on a part of 
 from __future__ import annotations
 
 from collections import OrderedDict
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.fx
 from timm.layers import DropPath, SplitBatchNorm2d
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .compiling import TRACED, forward_by_mode, outside_compiler, own_code
-from .functions import put_rows, skip, take_rows
+from .compiling import check_traceable, forward_by_mode, outside_compiler, own_code
+from .draws import (
+    Draw,
+    SharedGenerator,
+    Window,
+    draw,
+    many_ranks,
+    nothing_survives,
+    simplified,
+    takes_gradients,
+)
+from .private_api import is_replica, recomputing
 from .ramp import DropPathRamp, check_scriptable
-from .ranks import SharedGenerator, many_ranks
-from .stochastic_depth import Decision, StochasticDepth, draw_per_batch, draw_per_sample, rows_of, scriptable_copy
+from .scripting import copy_sharing_tensors
+from .skipping import fork_in_graph, join_in_graph, put_rows, skip, take_rows
+from .stochastic_depth import StochasticDepth
 
 _REMEMBERED = 2**14  # passes through a block between a forward pass and its backward pass
 
 
 class BlockDropPath(StochasticDepth):
-    """The block's survival probability, where the block's first drop path was. The block itself drops."""
+    """The block's survival probability, where the block's first drop path was. The block itself drops.
+
+    Attributes:
+        factor: Of the branch, while the block runs; None where the block as a whole is scaled, or nothing is.
+    """
+
+    def __init__(self, survival_prob: float = 1.0, mode: str = 'subset') -> None:
+        super().__init__(survival_prob, mode)
+        self.factor: float | Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return x
+        if self.factor is None:
+            return x
+        return x * (self.factor.to(x.dtype) if isinstance(self.factor, Tensor) else self.factor)
+
+
+_NEVER = BlockDropPath().eval()  # where somebody has put something else in its place
 
 
 class Draws:
@@ -53,74 +77,96 @@ class Draws:
         self.ramp = ramp
         self.counting: list[ConvertedBlock] = []
         self._generator = SharedGenerator()
-        self._remembered: OrderedDict[int, tuple[float, Decision]] = OrderedDict()
+        self._remembered: OrderedDict[int, Draw] = OrderedDict()
 
     @torch.compiler.disable
-    def draw(self, block: ConvertedBlock, x: Tensor) -> tuple[float, Decision]:
-        """p_l and the block's decision, None where nothing is dropped."""
-        drop_path = block.stochastic_depth
-        if self.ramp is None and not drop_path.drops:
-            return 1.0, None
-        shared = drop_path.mode == 'batch' and many_ranks()
+    def draw(self, block: ConvertedBlock, x: Tensor) -> Draw:
+        """The block's draw for this pass.
+
+        Raises:
+            RuntimeError: A checkpointed region runs again, and its first pass is not known.
+        """
+        drop_path = block.block_drop_path
+        if self.ramp is not None and is_replica(block):
+            self.ramp.refuse_replica()
+        shared = drop_path.mode == 'batch' and many_ranks()  # whatever the rate: in a ramp it moves on
         if shared and not self.sync:
             block.check_ranks()
-            shared = False
+        # A pass without gradients may be made on one rank only
+        shared = shared and self.sync and takes_gradients(x)
         if not shared and self.ramp is None:
-            return drop_path.p_l, self._draw(drop_path, x, None)
+            return draw([drop_path], x, drop_path.mode)[0]
 
+        # Of the default generator both passes take the same numbers, whether they use them or not
         ticket = int(torch.randint(2**63 - 1, (), device='cpu'))
-        # The ticket alone does not tell: who seeds anew in every epoch meets it again
-        recomputed = torch._C._current_graph_task_id() != -1
-        known = self._remembered.get(ticket) if recomputed else None
-        if not recomputed and self.ramp is not None and block.counts_steps:
+        if recomputing():  # the ticket alone does not tell: who seeds anew in every epoch meets it again
+            if ticket not in self._remembered:
+                raise RuntimeError(
+                    'a checkpointed region runs again in the backward pass, and what its blocks drew in the forward '
+                    'pass is not known: checkpoint with preserve_rng_state=True, and run the backward pass in the '
+                    f'process that ran the forward pass, after at most {_REMEMBERED} blocks'
+                )
+            drawn = self._remembered[ticket]
+            if not shared and drop_path.mode != 'row':
+                draw([drop_path], x, drop_path.mode)
+            elif not shared:
+                drawn = Draw(drawn.p_l, drop_path.mask(x, drawn.p_l))
+            return drawn
+        if self.ramp is not None and takes_gradients(x) and block.counts_steps():
             self.ramp.advance()
-        p_l, decision = known or (drop_path.p_l, None)
-        if p_l < 1 and not (shared and known):  # what comes from the default generator is drawn in both passes
-            drawn = self._draw(drop_path, x, self._generator.get() if shared else None)
-            decision = decision if known else drawn
-        if known is None:
-            self._remembered[ticket] = p_l, decision
-            self._remembered.move_to_end(ticket)
-            if len(self._remembered) > _REMEMBERED:
-                self._remembered.popitem(last=False)
-        return p_l, decision
+        drawn = draw([drop_path], x, drop_path.mode, self._generator.get() if shared else None)[0]
+        self._remember(ticket, drawn)
+        return drawn
 
-    def _draw(self, drop_path: StochasticDepth, x: Tensor, generator: torch.Generator | None) -> Decision:
-        if drop_path.mode == 'batch':
-            return draw_per_batch([drop_path], generator)[0]
-        return draw_per_sample([drop_path], x)[0]
+    def _remember(self, ticket: int, drawn: Draw) -> None:
+        # A mask is drawn again: it is of the images' device
+        self._remembered[ticket] = Draw(drawn.p_l, True) if isinstance(drawn.b_l, Tensor) else drawn
+        self._remembered.move_to_end(ticket)
+        if len(self._remembered) > _REMEMBERED:
+            self._remembered.popitem(last=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_remembered': OrderedDict()}
 
 
 class ConvertedBlock(nn.Module):
-    """Put before a block's own class by `converted_class`.
+    """Put before a block's own class by `converted_class`; its names must be none that a block gives its children.
 
     Attributes:
         plain_class: The block's own class.
-        stochastic_depth: Survival probability and mode; a child of the block under the name of a drop path.
+        plain_forward: A `forward` that somebody has given this one block, or None.
         draws: Shared with the network's other blocks.
-        ends_in_relu: After the addition.
-        plain_slots: (module, name, child) of every drop path that the block had.
+        last_relu: After the addition a ReLU: the name of its module, or '' for a function; None for none.
+        scales_inside: May a factor of its branch stand in the drop path's place?
+        plain_slots: (holder, name, child) of every drop path that the block had, the holder by its name in the block.
     """
 
     plain_class: Any = nn.Module
 
     if TYPE_CHECKING:
-        stochastic_depth: StochasticDepth
+        plain_forward: Callable[..., Any] | None
         draws: Draws
-        ends_in_relu: bool
-        plain_slots: list[tuple[nn.Module, str, nn.Module | None]]
+        last_relu: str | None
+        scales_inside: bool
+        plain_slots: list[tuple[str, str, nn.Module | None]]
 
     @property
+    def block_drop_path(self) -> StochasticDepth:
+        """Survival probability and mode, in the place of the first drop path; else the block never drops."""
+        holder, name, _ = self.plain_slots[0]
+        found: Any = getattr(self.get_submodule(holder) if holder else self, name)
+        return found if isinstance(found, BlockDropPath) else _NEVER
+
     def counts_steps(self) -> bool:
         """Does a step of a network with a ramp begin here?"""
-        return next((block for block in self.draws.counting if block.training), None) is self
+        for block in self.draws.counting:
+            if block.block_drop_path.training:
+                return block is self
+        return False
 
-    def decides_per_batch(self) -> bool:
-        """Does it train, and decide for the whole mini-batch, or for all that follow?"""
-        return self.training and (self.stochastic_depth.per_batch or self.counts_steps)
+    def runs_outside_compiler(self) -> bool:
+        """Must its own frame be kept out of `torch.compile`?"""
+        return self.block_drop_path.runs_outside_compiler()
 
     @forward_by_mode
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -134,69 +180,89 @@ class ConvertedBlock(nn.Module):
         Returns:
             The shape of `x`.
         """
-        drop_path = self.stochastic_depth
-        if not self.training or not (drop_path.drops or self.draws.ramp or self.decides_per_batch()):
-            return self.plain_class.forward(self, x, *args, **kwargs)
-        if isinstance(x, torch.fx.Proxy):
-            raise RuntimeError(TRACED)
-        if drop_path.mode == 'batch':
-            return self._forward_per_batch(x, args, kwargs)
-        if self.counts_steps:
-            return self._forward_first(x, args, kwargs)
-        return self._forward_per_sample(x, args, kwargs)
+        if self.runs_outside_compiler():
+            return self._forward_outside(x, args, kwargs)
+        if self.block_drop_path.is_dropping():
+            check_traceable(x)
+            drop_path = self.block_drop_path
+            if torch.compiler.is_compiling():  # compiled code keeps its own draws for its backward pass
+                drawn = draw([drop_path], x, drop_path.mode)[0]
+            else:
+                drawn = self.draws.draw(self, x)
+            return self._forward_drawn(x, args, kwargs, drawn, partial(getattr, self))
+        return self.plain_block(x, args, kwargs)
 
     @outside_compiler
-    def _forward_per_batch(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        p_l, decision = self.draws.draw(self, x)
-        if decision is None:
-            return own_code(self, '_forward_plain')(self, x, args, kwargs)
-        if decision:
-            return own_code(self, '_forward_scaled')(self, x, args, kwargs, 1 / p_l)
-        return skip(x, self.parameters())
+    def _forward_outside(self, x: Any, args: Any, kwargs: Any) -> Any:
+        drawn = Draw(1.0, True)
+        if self.block_drop_path.is_dropping():
+            check_traceable(x)
+            drawn = self.draws.draw(self, x)
+        return self._forward_drawn_outside(x, args, kwargs, drawn, lambda name: partial(own_code(self, name), self))
 
-    @torch.compiler.disable
-    def _forward_first(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        """A network's step begins here, where no compiled code could count it."""
-        return self._forward_drawn(x, args, kwargs, *self.draws.draw(self, x))
-
-    def _forward_per_sample(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling():  # compiled code keeps its own p_l for its backward pass
-            drop_path = self.stochastic_depth
-            return self._forward_drawn(x, args, kwargs, None, draw_per_sample([drop_path], x)[0])
-        return self._forward_drawn(x, args, kwargs, *self.draws.draw(self, x))
-
-    def _forward_plain(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    def plain_block(self, x: Any, args: Any, kwargs: Any) -> Any:
+        """The block as it was."""
+        if self.plain_forward is not None:
+            return self.plain_forward(x, *args, **kwargs)
         return self.plain_class.forward(self, x, *args, **kwargs)
 
-    def _forward_scaled(self, x: Tensor, args: Any, kwargs: Any, factor: float | Tensor) -> Tensor:
-        out = _scaled(x, self.plain_class.forward(self, x, *args, **kwargs), factor)
-        return out.relu_() if self.ends_in_relu else out
-
-    def _forward_drawn(self, x: Tensor, args: Any, kwargs: Any, p_l: float | None, decision: Decision) -> Tensor:
-        if decision is None:
-            return self._forward_plain(x, args, kwargs)
-        drop_path = self.stochastic_depth
-        if drop_path.mode == 'row':
-            assert isinstance(decision, Tensor)
-            mask = decision.view(-1, *[1] * (x.dim() - 1))
-            return self._forward_scaled(x, args, kwargs, mask / (drop_path.p_l if p_l is None else p_l))
-        self.check_split()
-        batch = x.shape[0]
-        rows = drop_path.rows(batch) if p_l is None else rows_of(p_l, batch)
-        if rows >= batch or (rows == 1 and any(isinstance(module, _BatchNorm) for module in self.modules())):
-            return self._forward_plain(x, args, kwargs)
-        x, x_rows = take_rows(x, decision, rows)
+    def scaled_block(self, x: Tensor, args: Any, kwargs: Any, factor: float | Tensor) -> Tensor:
+        """With a factor for the branch: in the drop path's place, or, else, for all that the block adds."""
+        # Where there is no ReLU both ways are the same; torch 2.5 sets no attribute in a compiled checkpoint
+        if not self.scales_inside or (self.last_relu is None and torch.compiler.is_compiling()):
+            out = _scaled(x, self.plain_block(x, args, kwargs), factor)
+            return out if self.last_relu is None else out.relu_()
+        drop_path: Any = self.block_drop_path
+        drop_path.factor = factor
         try:
-            y_rows = _scaled(x_rows, self.plain_class.forward(self, x_rows, *args, **kwargs), batch / rows)
+            return self.plain_block(x, args, kwargs)
+        finally:
+            drop_path.factor = None
+
+    def without_branch(self, x: Tensor) -> Tensor:
+        """What it gives without its branch."""
+        if self.last_relu is None:
+            return x
+        return self.get_submodule(self.last_relu)(x.clone()) if self.last_relu else x.relu()
+
+    def _forward_drawn(
+        self, x: Tensor, args: Any, kwargs: Any, drawn: Draw, part: Callable[[str], Callable[..., Tensor]]
+    ) -> Any:
+        p_l, b_l = drawn
+        if isinstance(b_l, Window):
+            self.check_split()
+            b_l = simplified(b_l, x, one_value=any(isinstance(module, _BatchNorm) for module in self.modules()))
+        if isinstance(b_l, Window):
+            rows = self._forward_index if isinstance(b_l.start, Tensor) else self._forward_rows
+            return rows(x, args, kwargs, b_l, 0.0 if nothing_survives(b_l) else 1 / p_l, part)
+        if isinstance(b_l, Tensor):
+            return part('scaled_block')(x, args, kwargs, b_l.view(-1, *[1] * (x.dim() - 1)) / p_l)
+        if b_l:
+            return part('plain_block')(x, args, kwargs) if p_l == 1 else part('scaled_block')(x, args, kwargs, 1 / p_l)
+        return skip(part('without_branch')(x) if self.last_relu is not None else x, self.parameters())
+
+    _forward_drawn_outside = outside_compiler(_forward_drawn)
+
+    def _forward_index(self, x: Tensor, args: Any, kwargs: Any, window: Window, factor: float, part: Any) -> Tensor:
+        x, x_rows = fork_in_graph(x, window)
+        change = self.scaled_block(x_rows, args, kwargs, factor) - self.without_branch(x_rows)
+        return join_in_graph(self.without_branch(x), change, window, 1.0)
+
+    @outside_compiler
+    def _forward_rows(self, x: Tensor, args: Any, kwargs: Any, window: Window, factor: float, part: Any) -> Tensor:
+        x, x_rows = take_rows(x, window)
+        try:
+            y_rows = part('scaled_block')(x_rows, args, kwargs, factor)
         except RuntimeError as error:
-            further = (*args, *kwargs.values())
+            further, batch = (*args, *kwargs.values()), x.shape[0]
             if not any(isinstance(value, Tensor) and value.shape[:1] == (batch,) for value in further):
                 raise
             raise RuntimeError(
-                f'{self.plain_class.__name__} failed on {rows} of {batch} images; if it takes an argument for each '
-                f"image, use drop_path_mode='batch': {error}"
+                f'{self.plain_class.__name__} failed on {window.rows} of {batch} images; if it takes an argument for '
+                f"each image, use drop_path_mode='batch': {error}"
             ) from error
-        return put_rows(x.to(y_rows.dtype), y_rows, decision, relu=self.ends_in_relu)
+        x = part('without_branch')(x) if self.last_relu is not None else x
+        return put_rows(x.to(y_rows.dtype), y_rows, window, relu=False)
 
     def check_ranks(self) -> None:
         """Raise where a draw that other ranks do not share would make SyncBatchNorm wait for ever."""
@@ -216,19 +282,22 @@ class ConvertedBlock(nn.Module):
 
     def restore(self) -> None:
         """Back to what it was, in place."""
-        for holder, name, child in self.plain_slots:
+        for path, name, child in self.plain_slots:
+            holder = self.get_submodule(path)
             if child is None:  # it was no child
                 delattr(holder, name)
             setattr(holder, name, child if child is None else child.train(self.training))
-        for name in ('stochastic_depth', 'draws', 'ends_in_relu', 'plain_slots'):
+        if self.plain_forward is not None:
+            self.forward = self.plain_forward
+        for name in ('plain_forward', 'draws', 'last_relu', 'scales_inside', 'plain_slots'):
             del self.__dict__[name]
         self.__class__ = self.plain_class
 
     def __prepare_scriptable__(self) -> nn.Module:
         """TorchScript sees the block's own class, with timm's drop path at the block's rate."""
         check_scriptable(self.draws.ramp, self.training)
-        plain: Any = scriptable_copy(self)
-        rate = 1 - plain.stochastic_depth.p_l
+        plain: Any = copy_sharing_tensors(self)
+        rate = 1 - plain.block_drop_path.p_l
         for index, (holder, name, _) in enumerate(plain.plain_slots):
             plain.plain_slots[index] = holder, name, DropPath(rate) if rate else nn.Identity()
         plain.restore()

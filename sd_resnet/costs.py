@@ -142,7 +142,7 @@ def drop_paths(model: nn.Module) -> dict[str, StochasticDepth]:
     if isinstance(model, StochasticDepthNet):
         names = {module: name for name, module in model.named_modules()}
         return {names[block]: block.drop_path for block in model.blocks()}
-    return {name: block.stochastic_depth for name, block in converted_blocks(model).items()}
+    return {name: block.block_drop_path for name, block in converted_blocks(model).items()}
 
 
 def _collect(architecture: str, size: int, model: nn.Module, counter: FlopCounterMode) -> NetworkCost:
@@ -152,7 +152,7 @@ def _collect(architecture: str, size: int, model: nn.Module, counter: FlopCounte
     for name, drop_path in drop_paths(model).items():
         shortcut = flops.get(f'{name}.downsample', 0)
         parameters = sum(p.numel() for p in model.get_submodule(name).parameters())
-        blocks.append(BlockCost(name, drop_path.survival_prob, parameters, flops[name] - shortcut, shortcut))
+        blocks.append(BlockCost(name, drop_path.p_l, parameters, flops.get(name, 0) - shortcut, shortcut))
     return NetworkCost(
         architecture,
         size,

@@ -6,6 +6,7 @@ import json
 import re
 import struct
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -28,7 +29,7 @@ def explain(error: BaseException, name: str) -> str:
     """One line, cause and cure, for what the Hub's client raised."""
     repo_id, _, revision = name.partition('@')
     hub = constants.ENDPOINT
-    while error.__cause__ is not None and not isinstance(error, HfHubHTTPError) and not _is_of_the_network(error):
+    while error.__cause__ is not None and not _is_telling(error):
         error = error.__cause__  # the client wraps what happened in advice of its own
     if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
         reason = 'HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else f'{hub} cannot be reached'
@@ -44,10 +45,12 @@ def explain(error: BaseException, name: str) -> str:
         return f'{repo_id} has no revision {revision or "main"!r}; see {hub}/{repo_id}/commits'
     if isinstance(error, EntryNotFoundError):
         return f'{name} lacks a file ({one_line(error)}); publish it again'
-    if isinstance(error, HfHubHTTPError):
-        status = getattr(error.response, 'status_code', None)
-        path = re.sub(r'^https?://[^/]*|\?.*$', '', str(getattr(error.response, 'url', '')))
-        said = f': {" ".join(error.server_message.split())[:200]}' if error.server_message else ''
+    response: Any = getattr(error, 'response', None)  # some versions of the client pass on what their own client raised
+    status = getattr(response, 'status_code', None)
+    if isinstance(error, HfHubHTTPError) or status is not None:
+        path = re.sub(r'^https?://[^/]*|\?.*$', '', str(getattr(response, 'url', '')))
+        message = getattr(error, 'server_message', None)
+        said = f': {" ".join(message.split())[:200]}' if message else ''
         if status in (401, 403):
             return f'{hub} refused ({status}) {path}{said}; log in with a token that may do this: hf auth login'
         if status in (409, 412):
@@ -57,6 +60,12 @@ def explain(error: BaseException, name: str) -> str:
     if _is_of_the_network(error):
         return f'{hub} cannot be reached or broke off ({type(error).__name__}); check the connection, and try again'
     return f'{name}: {one_line(error)}; try again'
+
+
+def _is_telling(error: BaseException) -> bool:
+    # before huggingface_hub 1.0 a file that is not in the cache was an answer of the Hub, too
+    answered = isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError)
+    return answered or _is_of_the_network(error)
 
 
 def _is_of_the_network(error: BaseException) -> bool:

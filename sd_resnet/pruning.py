@@ -15,7 +15,6 @@ from typing import Any
 import timm
 import torch
 from timm.models import save_for_hf
-from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Subset
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from .convert import own_input_size
 from .evaluation import evaluate, open_images, prepare
+from .private_api import save_config_for_hf
 from .records import read_run
 from .residual_search import copy_without_data
 from .subnetworks import Removable, blocks_of, subnetwork

@@ -5,14 +5,14 @@ Early and late drop path are those of Liu et al., "Dropout Reduces Underfitting"
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from .stochastic_depth import StochasticDepth
+from .private_api import is_replica
+from .stochastic_depth import StochasticDepth, derived
 
 KINDS = ('warmup', 'early', 'late')
 
@@ -20,7 +20,8 @@ KINDS = ('warmup', 'early', 'late')
 class DropPathRamp(nn.Module):
     """Multiplies every block's rate, 1 - p_l, by a factor that depends on the number of training steps so far.
 
-    A step is one forward pass of the network in training mode; of a converted one, of its first block that trains.
+    A step is one forward pass of the network in training mode, with gradients; of a converted one, of its first block
+    that trains.
     The state dict holds their number as one scalar, `step`, which is how it survives timm's `--resume`. The number
     `steps_done` alone decides, so that no step waits for a device; the scalar is written at every step and read when a
     state dict is loaded. Who starts anew from such weights drops the key, or sets `steps_done` to 0.
@@ -33,6 +34,8 @@ class DropPathRamp(nn.Module):
     Raises:
         ValueError: `kind` or `steps` is not allowed.
     """
+
+    __jit_unused_properties__ = ('factor',)
 
     def __init__(self, kind: str, steps: int, device: Any = None) -> None:
         super().__init__()
@@ -47,8 +50,8 @@ class DropPathRamp(nn.Module):
         self._rates: list[float] = []
         self._factor = 1.0  # in force
 
-    @property
-    def factor(self) -> float:
+    @derived
+    def factor(self) -> Any:
         """What the rates are multiplied by in the next training step."""
         if self.kind == 'warmup':
             return min(1.0, self.steps_done / self.steps)
@@ -68,40 +71,40 @@ class DropPathRamp(nn.Module):
     @torch.compiler.disable
     def advance(self) -> None:
         """Set the rates for the training step that begins, and count it."""
+        if is_replica(self):
+            self.refuse_replica()
         self._set(self.factor)
         self.steps_done += 1
         self.step.fill_(self.steps_done)
 
-    def contexts(self) -> tuple[Any, Any]:
-        """`context_fn` of an activation checkpoint: its second forward pass has the rates of the first."""
-        return nullcontext(), self._at(self._factor)
+    def refuse_replica(self) -> NoReturn:
+        """The network's replicas are thrown away after every step.
 
-    @contextmanager
-    def _at(self, factor: float) -> Iterator[None]:
-        now = self._factor
-        self._set(factor)
-        try:
-            yield
-        finally:
-            self._set(now)
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(
+            'drop_path_ramp must be None under DataParallel, whose replicas cannot count steps; use '
+            'DistributedDataParallel'
+        )
 
     def _set(self, factor: float) -> None:
         if self._factor != factor:
             self._factor = factor
             for drop_path, rate in zip(self._drop_paths, self._rates):
-                drop_path.configure(1 - rate * factor, drop_path.mode, drop_path.rescale)
+                drop_path.configure(1 - rate * factor, drop_path.mode)
 
     def extra_repr(self) -> str:
         return f'kind={self.kind!r}, steps={self.steps}'
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """A state dict of a network without a ramp leaves the count as it is."""
         stored = state_dict.get(f'{prefix}step')
         if stored is None:
             state_dict[f'{prefix}step'] = self.step.detach()
         elif not stored.is_meta:
             self.steps_done = int(stored)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._set(self.factor)
 
 

@@ -7,18 +7,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
 
 from . import datasets
 from .card import OWNER
-from .checkpoints import save_tensors
 from .evaluation import Accuracy, evaluate
 from .hub import write_repository
 from .records import Run, read_run
-from .verification import CARD, RECORD, check_contents, file_hash
+from .verification import CARD, RECORD
 from .weights import WEIGHTS, released_folders
 
 INDEX = 'README.md'
@@ -33,7 +30,6 @@ def release(
     weights: Path,
     *,
     checkpoint: str = 'last.pth.tar',
-    half: bool = False,
     user: str = OWNER,
     notes: str | None = None,
     hardware: str | None = None,
@@ -41,8 +37,7 @@ def release(
 ) -> tuple[Path, Accuracy]:
     """Write a run's weights as a folder that is exactly a repository of the Hub, and a pretrained tag of timm.
 
-    The accuracy in the card is measured again, in float32 and on the weights as they are stored: what
-    `sd-resnet evaluate` gives for the tag.
+    The accuracy in the card is measured again, in float32: what `sd-resnet evaluate` gives for the tag.
 
     Args:
         run_folder: Of timm's `train.py`, trained on Fashion-MNIST.
@@ -50,8 +45,6 @@ def release(
         data: Fashion-MNIST, as `sd-resnet data fashion-mnist` writes it.
         weights: The folder of all releases.
         checkpoint: File name in the run folder; the last one, because the best would be chosen on the test set.
-        half: Store convolutions and classifier as bfloat16, which a wheel compresses further than float16; norm layers
-            and survival probabilities stay float32.
         user: Owner of the repository, for the card.
         notes: What the run's arguments do not say, for the card, for example how the images were prepared. Without
             these three the card says what `args.yaml` does.
@@ -68,13 +61,8 @@ def release(
     run = read_run(run_folder, checkpoint)
     if run.args.get('dataset') != datasets.NAME:
         raise ValueError(f'{run_folder} was trained on {run.args.get("dataset")!r}, not on {datasets.NAME}')
-    state_dict = run.checkpoint.state_dict
     reached = evaluate(run.model(), data)
     said = [notes or run.args.get('notes'), MEASURED]
-    if half:
-        said.append(f'convolutions and classifier are stored as bfloat16; as trained they gave {reached.top1:.2f} %')
-        state_dict.update({k: v.bfloat16().float() for k, v in state_dict.items() if v.ndim > 1})
-        reached = evaluate(run.model(), data)
     run.metrics = {'eval_loss': reached.loss, 'eval_top1': reached.top1, 'eval_top5': reached.top5}
     run.label_names = list(datasets.LABELS)
     config: Any = run.model().pretrained_cfg
@@ -87,8 +75,6 @@ def release(
     part = weights / f'{name}.new'
     try:
         write_repository(run, part, f'{user}/{name}', license='apache-2.0', dataset=datasets.HUB_ID)
-        if half:
-            _store_half(part)
         if (weights / name).exists():
             shutil.rmtree(weights / name)
         part.replace(weights / name)
@@ -135,7 +121,7 @@ def write_index(weights: Path) -> Path:
         lines.append(
             f'| [`{folder.name}`]({folder.name}/{CARD}) | {record["dataset"]} | {100 - stated_accuracy(folder):.2f} % '
             f'| {record["parameters"]:,} | {record["flops"] / 1e6:,.1f} million, {record["image_size"]} px '
-            f'| {size:.1f} MB, {_dtype(folder)} | `{record["sha256"]}` |'
+            f'| {size:.1f} MB | `{record["sha256"]}` |'
         )
     index = weights / INDEX
     index.write_text('\n'.join(lines) + '\n', encoding='utf-8')
@@ -146,20 +132,3 @@ def stated_accuracy(folder: Path) -> float:
     """The top-1 accuracy in percent that a folder's card states."""
     results = ModelCard.load(folder / CARD).data.eval_results or []
     return next(float(result.metric_value) for result in results if result.metric_type == 'accuracy')
-
-
-def _store_half(folder: Path) -> None:
-    """Rewrite the weights, and their hash where the card and the record state it."""
-    tensors = load_file(folder / WEIGHTS)
-    before = file_hash(folder / WEIGHTS)
-    save_tensors({k: v.bfloat16() if v.ndim > 1 else v for k, v in tensors.items()}, folder / WEIGHTS)
-    after = file_hash(folder / WEIGHTS)
-    for file in (CARD, RECORD):
-        text = (folder / file).read_text(encoding='utf-8')
-        (folder / file).write_text(text.replace(before, after), encoding='utf-8')
-    check_contents(folder, str(folder))
-
-
-def _dtype(folder: Path) -> str:
-    types = {tensor.dtype for tensor in load_file(folder / WEIGHTS).values()}
-    return 'bfloat16' if torch.bfloat16 in types else 'float32'

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from .private_api import children_of, version_of
+
 BATCH = 13  # of the trial run; a size that no network has elsewhere
 
+NEVER_USED = 'its drop path is never used: it has no shortcut there'
 NOT_CALLED = 'it is not called as a module'
 NO_SHORTCUT = 'its input does not reach its output by a shortcut'
 
@@ -54,12 +59,14 @@ class Found:
     Attributes:
         name: Of the module.
         slots: The drop paths inside, in the order of their modules.
-        relu: Does it end in a ReLU, after the addition?
+        activation: After the addition a ReLU: the name of its module in the block, or '' for a function; None for none.
+        identity: Without its branches, each of which runs once, is it the identity, or that ReLU, and nothing else?
     """
 
     name: str
     slots: list[Slot] = field(default_factory=list)
-    relu: bool = False
+    activation: str | None = None
+    identity: bool = False
 
     @property
     def rate(self) -> float:
@@ -74,8 +81,10 @@ class _Call:
     order: int
     x: Any
     x_node: Any
+    changes_x: bool
     out: Any
     further: tuple[Any, ...]
+    relu_module: str  # inside, that gave `out`
 
 
 def search(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[list[Found], dict[str, str]]:
@@ -97,13 +106,16 @@ def search(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[list[Fou
     left: dict[str, str] = {}
     for slot in slots:
         if (slot.holder, slot.name) not in used:
-            left.setdefault(slot.holder, 'its drop path is never used: it has no shortcut there')
+            left.setdefault(slot.holder, NEVER_USED)
             continue
         reason = ''
         for name in _outwards(slot.holder):
-            judged = _judge(calls.get(name, []))
-            if not isinstance(judged, str):
-                found.setdefault(name, Found(name, relu=judged)).slots.append(slot)
+            judged = _judge(name, calls.get(name, []))
+            if isinstance(judged, Found):
+                block = found.setdefault(name, judged)
+                block.slots.append(slot)
+                # Called once in a pass; else one branch lies inside another, or after it
+                block.identity = block.identity and used[slot.holder, slot.name] == len(calls[name])
                 break
             reason = reason or judged
             if judged not in (NOT_CALLED, NO_SHORTCUT):  # else perhaps a part of a block
@@ -118,14 +130,24 @@ def search(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[list[Fou
 
 
 def find_slots(model: nn.Module) -> Iterator[Slot]:
-    """Every `DropPath`, and everything of its name that is an `Identity` or None because the rate is 0."""
+    """Every drop path, and everything of its name that is an `Identity` or None because the rate is 0."""
     for holder, module in model.named_modules():
-        held = {**{k: v for k, v in vars(module).items() if v is None}, **module._modules}
+        held = {**{k: v for k, v in vars(module).items() if v is None}, **children_of(module)}
         for name, child in held.items():
-            empty = child is None or isinstance(child, nn.Identity)
-            if isinstance(child, DropPath) or (empty and re.search(r'(^|_)drop_path\d*$', name)):
-                rate = getattr(child, 'drop_prob', None) or 0
-                yield Slot(holder, name, round(float(rate), 6))  # timm computes them in float32
+            rate = _rate_of(child)
+            if rate is None and re.search(r'(^|_)drop_path\d*$', name):
+                rate = 0.0 if child is None or isinstance(child, nn.Identity) else None
+            if rate is not None:
+                yield Slot(holder, name, round(rate, 6))  # timm computes them in float32
+
+
+def _rate_of(module: Any) -> float | None:
+    """Of a drop path: timm's, torchvision's `StochasticDepth`, transformers' classes, or one of such a name."""
+    kind = type(module).__name__
+    if not isinstance(module, DropPath) and not kind.endswith(('DropPath', 'StochasticDepth')):
+        return None
+    rate = getattr(module, 'drop_prob', getattr(module, 'p', None))
+    return float(rate or 0) if rate is None or isinstance(rate, Real) else None
 
 
 def _outwards(name: str) -> Iterator[str]:
@@ -138,20 +160,20 @@ def _outwards(name: str) -> Iterator[str]:
 class _Closed(nn.Module):
     """A drop path that drops everything, and says that it was used."""
 
-    def __init__(self, used: set[tuple[str, str]], key: tuple[str, str]) -> None:
+    def __init__(self, used: Counter[tuple[str, str]], key: tuple[str, str]) -> None:
         super().__init__()
         self.used = used
         self.key = key
 
     def forward(self, x: Tensor) -> Tensor:
-        self.used.add(self.key)
+        self.used[self.key] += 1
         return torch.zeros_like(x)
 
 
 def _trial_run(
     model: nn.Module, slots: list[Slot], input_size: tuple[int, int, int]
-) -> tuple[dict[str, list[_Call]], set[tuple[str, str]]]:
-    used: set[tuple[str, str]] = set()
+) -> tuple[dict[str, list[_Call]], Counter[tuple[str, str]]]:
+    used: Counter[tuple[str, str]] = Counter()
     calls: dict[str, list[_Call]] = {}
     began: list[Any] = []
     twin = copy_without_data(model)
@@ -161,14 +183,28 @@ def _trial_run(
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else None
-        began.append((x, x.grad_fn if isinstance(x, Tensor) else None, (*args[1:], *kwargs.values())))
+        node, version = (x.grad_fn, version_of(x)) if isinstance(x, Tensor) else (None, 0)
+        began.append((x, node, version, (*args[1:], *kwargs.values())))
+
+    activated: dict[int, tuple[str, Any]] = {}  # by the tensor that a ReLU's module gave, which is held
+
+    for name, module in modules.items():
+        if 'ReLU' in type(module).__name__:
+
+            def activating(module: nn.Module, args: Any, out: Any, name: str = name) -> None:
+                activated[id(out)] = name, out
+
+            module.register_forward_hook(activating)
 
     for name in dict.fromkeys(outer for slot in slots for outer in _outwards(slot.holder)):
 
         def after(module: nn.Module, args: Any, kwargs: Any, out: Any, name: str = name) -> None:
-            x, node, further = began.pop()
+            x, node, version, further = began.pop()
             order = sum(map(len, calls.values()))
-            calls.setdefault(name, []).append(_Call(order, x, node, out, further))
+            changed = isinstance(x, Tensor) and version_of(x) != version
+            relu = activated.get(id(out), ('', None))[0]
+            relu = relu.removeprefix(f'{name}.') if relu.startswith(f'{name}.') else ''
+            calls.setdefault(name, []).append(_Call(order, x, node, changed, out, further, relu))
 
         modules[name].register_forward_pre_hook(before, with_kwargs=True)
         modules[name].register_forward_hook(after, with_kwargs=True)
@@ -196,15 +232,15 @@ def copy_without_data(model: nn.Module) -> nn.Module:
         for parameter in model.parameters():
             memo[id(parameter)] = nn.Parameter(like(parameter), requires_grad=False)
         for module in model.modules():
-            for tensor in (*module._buffers.values(), *vars(module).values()):
+            for tensor in (*module.buffers(recurse=False), *vars(module).values()):
                 if isinstance(tensor, Tensor):
                     memo[id(tensor)] = like(tensor)
         return copy.deepcopy(model, memo)
 
 
-def _judge(calls: list[_Call]) -> bool | str:
-    """Does the module, a residual block, end in a ReLU? Or the reason why it is none."""
-    relu = False
+def _judge(name: str, calls: list[_Call]) -> Found | str:
+    """The module as a residual block, or the reason why it is none."""
+    found = Found(name, identity=True)
     if not calls:
         return NOT_CALLED
     for call in calls:
@@ -212,6 +248,8 @@ def _judge(calls: list[_Call]) -> bool | str:
             return 'it takes or returns something else than one tensor'
         if call.out.shape != call.x.shape:
             return f'it changes the shape from {_shape(call.x)} to {_shape(call.out)}'
+        if call.changes_x:
+            return 'it changes its input in place'
         if call.x.shape[0] != BATCH:
             return f'its rows are not images: there are {call.x.shape[0]} of them for {BATCH} images'
         if any(isinstance(value, Tensor) and value.shape[:1] == (BATCH,) for value in call.further):
@@ -219,11 +257,25 @@ def _judge(calls: list[_Call]) -> bool | str:
         path = _shortcut(call.out.grad_fn, call.x_node)
         if path is None:
             return NO_SHORTCUT
+        found.identity = found.identity and _is_identity(call.out.grad_fn, call.x_node)
         if any(_RELU.match(node) for node in path):
-            relu = True
-            if not _comes_out_of_relu(call.x_node):
+            found.activation = call.relu_module
+            if not found.identity and not _comes_out_of_relu(call.x_node):
                 return 'it ends in a ReLU, and its input does not come out of one'
-    return relu
+    return found
+
+
+def _is_identity(node: Any, goal: Any) -> bool:
+    """Does nothing lie between but one addition, changes of layout, and a ReLU?"""
+    additions = 0
+    while node is not goal:
+        name = '' if node is None else node.name()
+        before = [parent for parent, _ in node.next_functions if parent is not None] if name else []
+        if len(before) != 1 or not (_SUM.match(name) or _LAYOUT.match(name) or _RELU.match(name)):
+            return False
+        additions += bool(_SUM.match(name))
+        node = before[0]
+    return additions == 1
 
 
 def _shortcut(node: Any, goal: Any) -> list[str] | None:

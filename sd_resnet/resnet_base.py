@@ -8,25 +8,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.fx
 from timm.models import build_model_with_cfg
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .compiling import outside_compiler
+from .compiling import check_exportable, outside_compiler
+from .draws import Draw, SharedGenerator, check_sync, draw, many_ranks, takes_gradients
+from .paper_rescaling import check_rescale, set_block
+from .private_api import feature_take_indices
 from .ramp import as_ramp, check_scriptable
-from .ranks import SharedGenerator, check_sync, many_ranks
-from .resnet_blocks import ResidualBlock, Stage
+from .resnet_blocks import ResidualBlock, blocks_in, call_wrapped, takes_draws
+from .resnet_features import StochasticFeatures
 from .schedules import Schedule, expected_depth, survival_probs
-from .stochastic_depth import Decision, draw_per_batch, draw_per_sample, scriptable_copy
+from .scripting import scriptable_copy
+from .stochastic_depth import StochasticDepth, derived
 from .weights import spread_stem
 
 
 class StochasticDepthNet(nn.Module):
     """A network of stages `layer1`, `layer2`, ... of residual blocks, after a stem `conv1`, `bn1`, `act1`, `maxpool`.
 
-    Mixed into a network class, which calls `init_drop_path` once its blocks exist.
+    Mixed into a network class, which calls `init_drop_path` once its blocks exist. Modules that somebody puts in the
+    place of a stage or a block, around one, or behind one, are called as timm calls them.
     """
 
-    __jit_unused_properties__ = ('survival_probs', 'expected_depth')
+    plain_class: Any = nn.Module  # the same network without stochastic depth
 
     if TYPE_CHECKING:  # what the network class brings; TorchScript would read plain annotations
         stage_names: tuple[str, ...]
@@ -64,14 +68,15 @@ class StochasticDepthNet(nn.Module):
     ) -> None:
         """Change stochastic depth in place and keep the test-time function; None leaves a setting as it is.
 
-        The last norm layer of each branch is rescaled in place, which an EMA or an averaged copy does not see (timm's
-        `ModelEmaV3` pairs values by position): call this before EMA, DDP and `torch.compile`, or on the copy too.
+        Under `rescale='test'` the last norm layer of each branch is rescaled in place, which an EMA or an averaged copy
+        does not see (timm's `ModelEmaV3` pairs values by position): call this before EMA, DDP and `torch.compile`, or
+        on the copy too.
 
         Args:
-            rate: 1 - p_L, in [0, 1).
+            rate: 1 - p_L, in [0, 1); 0 drops nothing, for example while BatchNorm's statistics are estimated anew.
             schedule: See `survival_probs`. A new sequence of probabilities replaces the rate.
             mode: `'batch'`, `'row'` or `'subset'`.
-            rescale: `'test'` or `'train'`.
+            rescale: `'train'` or `'test'`.
 
         Raises:
             ValueError: An argument is not allowed; nothing has changed then.
@@ -106,33 +111,34 @@ class StochasticDepthNet(nn.Module):
             )
         blocks = list(self.blocks())
         probs = survival_probs(len(blocks), rate, schedule) if probs is None else probs
-        for block, p_l in zip(blocks, probs):
-            block.check(p_l, mode, rescale)
-        for block, p_l in zip(blocks, probs):
-            block.configure(p_l, mode, rescale, keep_function)
+        own = [(b, p_l) for b, p_l in zip(blocks, probs) if isinstance(b.drop_path, StochasticDepth)]
+        for block, p_l in own:
+            check_rescale(block, p_l, mode, rescale)
+        for block, p_l in own:
+            set_block(block, p_l, mode, rescale, keep_function)
             block.drop_path.network_drops = min(probs) < 1
             block.drop_path.ramped = self.drop_path_ramp is not None
         if self.drop_path_ramp is not None:
-            self.drop_path_ramp.govern([block.drop_path for block in blocks])
+            self.drop_path_ramp.govern([block.drop_path for block, _ in own])
         self.drop_path_rate = rate
         self.drop_path_schedule = schedule
         self.drop_path_mode = mode
         self.drop_path_rescale = rescale
 
-    @property
-    def survival_probs(self) -> tuple[float, ...]:
-        """p_1 .. p_L."""
-        return tuple(block.drop_path.p_l for block in self.blocks())
+    @derived
+    def survival_probs(self) -> Any:
+        """p_1 .. p_L; 1 where something else stands in the place of a block's drop path."""
+        return tuple(getattr(block.drop_path, 'p_l', 1.0) for block in self.blocks())
 
-    @property
-    def expected_depth(self) -> float:
+    @derived
+    def expected_depth(self) -> Any:
         """Mean number of active blocks in a training step."""
         return expected_depth(self.survival_probs)
 
     def blocks(self) -> Iterator[ResidualBlock]:
-        """The residual blocks in order; fewer after `prune_intermediate_layers`."""
+        """The residual blocks in order, also wrapped ones; fewer after `prune_intermediate_layers`."""
         for name in self.stage_names:
-            yield from getattr(self, name).children()
+            yield from blocks_in(getattr(self, name))
 
     def forward_stages(
         self, x: Tensor, taken: Sequence[int] = (), last: int | None = None
@@ -144,19 +150,29 @@ class StochasticDepthNet(nn.Module):
             taken: Indices of the features to return beside the last one; 0 is the stem's.
             last: Number of stages to run, None for all.
         """
-        per_batch = any(block.decides_per_batch() for block in self.blocks())
-        return (self._run_outside_compiler if per_batch else self._run)(x, taken, last)
+        outside = self.runs_outside_compiler()
+        if outside:
+            check_exportable()
+        return (self._run_outside_compiler if outside else self._run)(x, taken, last)
+
+    def runs_outside_compiler(self) -> bool:
+        """Must the frames that use its draws be kept out of `torch.compile`?"""
+        return (self.training and self.drop_path_ramp is not None) or any(
+            block.runs_outside_compiler() for block in self.blocks()
+        )
 
     def _run(self, x: Tensor, taken: Sequence[int], last: int | None) -> tuple[Tensor, list[Tensor]]:
-        decisions = self.draw(x)
+        draws = self.draw(x)
         stem, x = self.forward_stem(x)
-        # Without pooling they are one tensor, and so may be the first stage's output, if all of it is dropped
-        features = [stem.clone() if stem is x else stem] if 0 in taken else []
+        features = [stem] if 0 in taken else []
         for index, name in enumerate(self.stage_names[:last], start=1):
             stage = getattr(self, name)
-            if isinstance(stage, Stage):  # pruning puts an nn.Identity in its place
-                own = None if decisions is None else [decisions.pop(0) for _ in stage]
-                x = stage(x, own, self.grad_checkpointing, self.drop_path_ramp)
+            blocks = list(blocks_in(stage))
+            own = None if draws is None else [draws.pop(0) for _ in blocks]
+            if takes_draws(stage):
+                x = stage(x, drawn=own, grad_checkpointing=self.grad_checkpointing)
+            elif not isinstance(stage, nn.Identity):  # which pruning puts in its place
+                x = call_wrapped(stage, x, blocks, own, self.grad_checkpointing)
             if index in taken:
                 features.append(x)
         return x, features
@@ -165,11 +181,7 @@ class StochasticDepthNet(nn.Module):
 
     def forward_stem(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The stem's feature, and what the first stage is given."""
-        if (
-            torch.compiler.is_compiling()
-            and x.device.type == 'cpu'
-            and any(b.decides_per_batch() for b in self.blocks())
-        ):
+        if torch.compiler.is_compiling() and x.device.type == 'cpu' and self.runs_outside_compiler():
             # Compiled convolutions are computed so on a CPU: each of the many graphs would convert at its borders
             x = x.contiguous(memory_format=torch.channels_last)
         stem = self.act1(self.bn1(self.conv1(x)))
@@ -206,51 +218,66 @@ class StochasticDepthNet(nn.Module):
         x, features = self.forward_stages(x, taken, highest if stop_early else None)
         return features if intermediates_only else (x, features)
 
-    def draw(self, x: Tensor) -> list[Decision] | None:
-        """One decision per block for this forward pass, or None where nothing is to be drawn.
+    def draw(self, x: Tensor, blocks: Sequence[ResidualBlock] | None = None) -> list[Draw] | None:
+        """One draw per block for this forward pass, or None where nothing is to be drawn.
 
-        Drawn on the host, outside any checkpointed region; for all blocks as soon as one of them trains, so that
-        ranks stay in step. A `torch.fx` trace draws nothing: its blocks are leaves and draw when they run.
+        On the host, outside any checkpointed region; for all blocks as soon as one of them drops, so that ranks stay in
+        step. A `torch.fx` trace draws nothing: its blocks are leaves and draw when they run.
+
+        Args:
+            x: Images (N, C, H, W).
+            blocks: None is the network's own.
         """
-        if self.drop_path_ramp is not None and self.training and not isinstance(x, torch.fx.Proxy):
-            self.drop_path_ramp.advance()
-        if isinstance(x, torch.fx.Proxy) or not any(b.training and b.drop_path.drops for b in self.blocks()):
+        if isinstance(x, torch.fx.Proxy):
             return None
-        if self.drop_path_mode == 'batch':
-            return self._draw_per_batch()
-        return draw_per_sample([block.drop_path for block in self.blocks()], x)
+        blocks = list(self.blocks()) if blocks is None else blocks
+        return (self._draw_eagerly if self.runs_outside_compiler() else self._draw)(x, blocks)
 
     @torch.compiler.disable
-    def _draw_per_batch(self) -> list[Decision]:
-        blocks = list(self.blocks())
-        return draw_per_batch([block.drop_path for block in blocks], self._generator(blocks))
+    def _draw_eagerly(self, x: Tensor, blocks: Sequence[ResidualBlock]) -> list[Draw] | None:
+        return self._draw(x, blocks)
 
-    def _generator(self, blocks: list[ResidualBlock]) -> torch.Generator | None:
-        """On more than one rank a generator that all ranks share, else None, torch's default one."""
+    def _draw(self, x: Tensor, blocks: Sequence[ResidualBlock]) -> list[Draw] | None:
+        if self.drop_path_ramp is not None and self.training and takes_gradients(x):
+            self.drop_path_ramp.advance()
+        drop_paths = [block.drop_path if isinstance(block.drop_path, StochasticDepth) else _NEVER for block in blocks]
+        if not any(drop_path.is_dropping() for drop_path in drop_paths):
+            return None
+        generator = self._generator(x) if self.drop_path_mode == 'batch' else None
+        return draw(drop_paths, x, self.drop_path_mode, generator)
+
+    def _generator(self, x: Tensor) -> torch.Generator | None:
+        """Batch mode's: on more than one rank one that all ranks share, else None, torch's default one.
+
+        A pass without gradients does not draw from the shared one: it may be made on one rank only.
+        """
         if not many_ranks():
             return None
         if not self.drop_path_sync:
-            for block in blocks:
+            for block in self.blocks():
                 block.check_alone()
             return None
-        return self._shared_generator.get()
+        return self._shared_generator.get() if takes_gradients(x) else None
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.drop_path_ramp is None:  # a network without a ramp loads what one with a ramp has saved
             state_dict.pop(f'{prefix}drop_path_ramp.step', None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __prepare_scriptable__(self) -> nn.Module:
         check_scriptable(self.drop_path_ramp, self.training)
         return scriptable_copy(self)
 
 
+_NEVER = StochasticDepth().eval()  # in the place of a drop path that somebody has replaced
+
+
 def build(model_cls: type[StochasticDepthNet], variant: str, pretrained: bool, **kwargs: Any) -> Any:
     """timm's builder; where pretrained weights cannot be had, its error with one line on what to do.
 
-    `features_only` models go through `forward_intermediates` (`'getter'`), so that they draw in the same place.
+    `features_only` models draw for all blocks at once, too.
     """
-    features = dict(feature_cls='getter', out_indices=tuple(range(1 + len(model_cls.stage_names))))
+    features = dict(feature_cls=StochasticFeatures, out_indices=tuple(range(1 + len(model_cls.stage_names))))
     features.update(kwargs.pop('feature_cfg', None) or {})
     try:
         return build_model_with_cfg(

@@ -1,12 +1,9 @@
-"""timm's ResNet blocks, skipping the branch that stochastic depth drops.
-
-Loading never changes what a network computes at test time: a block multiplies its branch by `test_scale`, so a
-checkpoint of another convention is met by rescaling the affine weights of the branch's last norm layer.
-"""
+"""timm's ResNet blocks, skipping the branch that stochastic depth drops."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,43 +14,35 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .compiling import TRACED, forward_by_mode, outside_compiler, own_code
-from .functions import fork, gathered_again, join, put_rows, skip, take_rows
-from .ramp import DropPathRamp
-from .ranks import many_ranks
-from .stochastic_depth import (
-    Decision,
-    StochasticDepth,
-    check_settings,
-    draw_per_batch,
-    draw_per_sample,
-    scriptable_copy,
-)
+from . import paper_rescaling
+from .compiling import check_traceable, forward_by_mode, outside_compiler, own_code
+from .draws import Draw, Window, draw, many_ranks, nothing_survives, simplified
+from .private_api import is_hooked
+from .scripting import scriptable_copy
+from .skipping import fork, fork_in_graph, gathered_again, join, join_in_graph, put_rows, skip, take_rows
+from .stochastic_depth import StochasticDepth
 
 
 class ResidualBlock(nn.Module):
     """What stochastic depth adds to a residual block; mixed into timm's blocks, whose parameter names it keeps.
 
-    Loading: a state dict states its block's test-time factor as `<block>.drop_path.survival_prob`, absent where it
-    is 1. The last norm's weight and bias are multiplied by p_checkpoint / p_model, in float32. A dict with neither a
-    stored probability nor the norm's running statistics (parameters alone) is not rescaled.
+    Where nothing is dropped, timm's own `forward` runs.
     """
 
-    last_norm = ''  # name of the norm layer that ends the branch
     plain_class: Any = nn.Module  # timm's own block
 
-    if TYPE_CHECKING:  # what timm's blocks bring; TorchScript would read plain annotations
+    if TYPE_CHECKING:  # what timm's blocks bring
         aa: Any
         conv1: Any
         downsample: Any
-        drop_path: Any  # a StochasticDepth
+        drop_path: Any  # a StochasticDepth, unless someone has put something else there
         se: Any
         stride: int
         zero_init_last: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.drop_path = StochasticDepth(device=kwargs.get('device'), dtype=kwargs.get('dtype'))
+        self.drop_path = StochasticDepth()
 
     def branch(self, x: Tensor) -> Tensor:
         """The residual function f_l, up to its last norm layer and attention."""
@@ -63,9 +52,14 @@ class ResidualBlock(nn.Module):
         """The branch from its first convolution's output on."""
         raise AssertionError('a block brings its own branch')
 
+    @property
+    def last_act(self) -> nn.Module:
+        """The activation after the addition."""
+        raise AssertionError('a block brings its own activation')
+
     def activate(self, x: Tensor) -> Tensor:
         """The activation after the addition, in place."""
-        raise AssertionError('a block brings its own activation')
+        return self.last_act(x)
 
     def shortcut(self, x: Tensor) -> Tensor:
         """The identity, or the projection where the shape changes."""
@@ -73,35 +67,88 @@ class ResidualBlock(nn.Module):
             x = self.downsample(x)
         return x
 
-    def decides_per_batch(self) -> bool:
-        """Does it train, and decide for the whole mini-batch?"""
-        return self.training and self.drop_path.per_batch
+    def runs_outside_compiler(self) -> bool:
+        """Must its own frame be kept out of `torch.compile`?"""
+        return isinstance(self.drop_path, StochasticDepth) and self.drop_path.runs_outside_compiler()
 
     @forward_by_mode
-    def forward(self, x: Tensor, decision: Decision = None) -> Tensor:
+    def forward(self, x: Tensor, drawn: Draw | None = None, after_relu: bool = False) -> Tensor:
         """Compute `act(shortcut(x) + b_l * branch(x))`.
 
         Args:
             x: (N, C, H, W).
-            decision: What the model drew for this block; None, as when a block is called on its own, draws here
-                from torch's default generator. Used in training only.
+            drawn: What the network drew for this block; None, as when a block is called on its own, draws here from
+                torch's default generator. Used in training only.
+            after_relu: Does `x` come out of a ReLU, so that a second one changes nothing?
 
         Returns:
             (N, C', H', W').
         """
-        if torch.jit.is_scripting():
-            return self._forward_scripted(x)
-        else:
-            if self.decides_per_batch():
-                return self._forward_per_batch(x, decision)
-            if self.training and self.drop_path.drops:
-                return self._forward_per_sample(x, decision)
-            return self._forward_whole(x, self.drop_path.test_scale)
+        if self.runs_outside_compiler():
+            return self._forward_outside(x, drawn, after_relu)
+        if isinstance(self.drop_path, StochasticDepth) and self.drop_path.is_dropping():
+            check_traceable(x)
+            return self._forward_drawn(x, drawn or self.draw(x), after_relu, partial(getattr, self))
+        return self.plain_class.forward(self, x)
 
-    def _forward_whole(self, x: Tensor, factor: float) -> Tensor:
-        return self.activate(self._sum(x, factor))
+    @outside_compiler
+    def _forward_outside(self, x: Tensor, drawn: Draw | None, after_relu: bool) -> Tensor:
+        """The draw is used here, and only what it leaves to do is compiled."""
+        if self.drop_path.is_dropping():
+            check_traceable(x)
+            drawn = drawn or self._draw_eagerly(x)
+        return self._forward_drawn_outside(x, drawn or Draw(1.0, True), after_relu, self._compiled_part)
 
-    def _sum(self, x: Tensor, factor: float) -> Tensor:
+    def _compiled_part(self, name: str) -> Callable[..., Tensor]:
+        """A method, with a code object of its own; see `compiling`.
+
+        But for the activation: at the end of a graph a compiler keeps a mask of it for backward, which on a CPU takes
+        longer than the rest, while eager mode keeps the output, which the next block keeps anyway.
+        """
+        return self._activate_eagerly if name == 'activate' else partial(own_code(self, name), self)
+
+    @torch.compiler.disable
+    def _activate_eagerly(self, x: Tensor) -> Tensor:
+        return self.activate(x)
+
+    def draw(self, x: Tensor) -> Draw:
+        """What the network handed over for this pass, else a draw of the block's own."""
+        handed = None if torch.compiler.is_compiling() else self.__dict__.pop('handed', None)
+        if handed is None:
+            self.check_alone()
+            handed = draw([self.drop_path], x, self.drop_path.mode)[0]
+        return handed
+
+    @torch.compiler.disable
+    def _draw_eagerly(self, x: Tensor) -> Draw:
+        return self.draw(x)
+
+    def _forward_drawn(
+        self, x: Tensor, drawn: Draw, after_relu: bool, part: Callable[[str], Callable[..., Tensor]]
+    ) -> Tensor:
+        p_l, b_l = drawn
+        factor = 0.0 if nothing_survives(b_l) else self.drop_path.train_factor(p_l)
+        relu = self.ends_in_relu()
+        if isinstance(b_l, Window):
+            self.check_window()
+            b_l = simplified(b_l, x, one_value=max(x.shape[-2:]) <= self.stride)
+        if isinstance(b_l, Window):
+            return self._forward_window(x, b_l, factor, after_relu and relu, part)
+        if isinstance(b_l, Tensor):
+            return part('activate')(part('masked_sum')(x, b_l, factor))
+        if b_l:
+            return part('activate')(part('sum')(x, factor))
+        if self.downsample is not None:
+            x = part('shortcut')(x)
+        if self.downsample is not None or not (after_relu and relu):
+            # Not in place: it may be the shortcut that a hook has kept, or somebody's input
+            x = x.relu() if relu else part('activate')(x.clone())
+        return skip(x, self.branch_parameters())
+
+    _forward_drawn_outside = outside_compiler(_forward_drawn)
+
+    def sum(self, x: Tensor, factor: float) -> Tensor:
+        """The whole block, but for its activation."""
         branch, shortcut = self.branch(x), self.shortcut(x)
         if factor == 1:
             branch += shortcut
@@ -109,88 +156,48 @@ class ResidualBlock(nn.Module):
             branch = torch.add(shortcut, branch, alpha=factor)
         return branch
 
+    def masked_sum(self, x: Tensor, mask: Tensor, factor: float) -> Tensor:
+        """The same, with the branch of some rows only."""
+        branch, shortcut = self.branch(x), self.shortcut(x)
+        return torch.addcmul(shortcut, branch, mask.to(branch.dtype), value=factor)
+
+    def _forward_window(
+        self, x: Tensor, window: Window, factor: float, after_relu: bool, part: Callable[[str], Callable[..., Tensor]]
+    ) -> Tensor:
+        if isinstance(window.start, Tensor):
+            x, x_rows = fork_in_graph(x, window)
+            return self.activate(join_in_graph(self.shortcut(x), self.branch(x_rows), window, factor))
+        return self._forward_rows(x, window, factor, after_relu, part)
+
     @outside_compiler
-    def _forward_per_batch(self, x: Tensor, decision: Decision) -> Tensor:
-        """Batch mode in training: the decision is taken here, and only what it leaves to do is compiled.
-
-        But for the activation: at the end of a graph a compiler keeps a mask of it for backward, which on a CPU takes
-        longer than the rest, while eager mode keeps the output, which the next block keeps anyway.
-        """
-        alone = decision is None
-        if not self.drop_path.drops:
-            decision = True
-        elif isinstance(x, torch.fx.Proxy):
-            raise RuntimeError(TRACED)
-        elif decision is None:
-            self.check_alone()
-            decision = draw_per_batch([self.drop_path])[0]
-        if decision:
-            total = own_code(self, '_sum')(self, x, self.drop_path.train_factor(self.drop_path.p_l))
-            return self._activate_eagerly(total)
+    def _forward_rows(
+        self, x: Tensor, window: Window, factor: float, after_relu: bool, part: Callable[[str], Callable[..., Tensor]]
+    ) -> Tensor:
+        relu = self.ends_in_relu()
         if self.downsample is not None:
-            out = self._activate_eagerly(own_code(self, 'shortcut')(self, x))
-        elif alone or not self._ends_in_relu():
-            out = self._activate_eagerly(x.clone())
-        else:
-            out = x  # relu(x): in a network, x comes out of a ReLU
-        return skip(out, self.branch_parameters())
+            x, x_rows = fork(x, window)
+            branch = self._branch_of_rows(x, x_rows, window, part)
+            out = join(part('shortcut')(x), branch, window, factor, relu)
+            return out if relu else part('activate')(out)
+        x, x_rows = take_rows(x, window)
+        branch = self._branch_of_rows(x, x_rows, window, part)
+        out = put_rows(x, torch.add(x_rows, branch, alpha=factor), window, relu=after_relu)
+        return out if after_relu else part('activate')(out)
 
-    @torch.compiler.disable
-    def _activate_eagerly(self, x: Tensor) -> Tensor:
-        return self.activate(x)
-
-    def _forward_per_sample(self, x: Tensor, decision: Decision) -> Tensor:
-        if isinstance(x, torch.fx.Proxy):
-            raise RuntimeError(TRACED)
-        alone = decision is None
-        if decision is None:
-            decision = draw_per_sample([self.drop_path], x)[0]
-        assert decision is not None
-        if self.drop_path.mode == 'subset':
-            return self._forward_subset(x, decision, alone)
-        assert isinstance(decision, Tensor)
-        branch, shortcut = self.branch(x), self.shortcut(x)
-        factor = self.drop_path.train_factor(self.drop_path.p_l)
-        return self.activate(torch.addcmul(shortcut, branch, decision.to(branch), value=factor))
-
-    def _forward_subset(self, x: Tensor, start: int | Tensor, alone: bool) -> Tensor:
-        if isinstance(getattr(self, self.last_norm), SplitBatchNorm2d):
-            raise ValueError(
-                "drop_path_mode='subset' cannot be combined with split BatchNorm, which needs the whole batch to "
-                "split; use drop_path_mode='batch' or 'row'"
-            )
-        batch = x.shape[0]
-        rows = self.drop_path.rows(batch)
-        if rows >= batch or (rows == 1 and self._is_one_pixel(x)):
-            return self._forward_whole(x, 1.0)
-        factor = self.drop_path.train_factor(rows / batch)
-        copied = not isinstance(start, Tensor) and start + rows > batch  # the window wraps
-        if self.downsample is not None:
-            x, x_rows = fork(x, start, rows)
-            branch = self._branch_of_rows(x_rows, copied)
-            return self.activate(join(self.downsample(x), branch, start, factor))
-        x, x_rows = take_rows(x, start, rows)
-        branch = self._branch_of_rows(x_rows, copied)
-        y_rows = branch.add_(x_rows) if factor == 1 else torch.add(x_rows, branch, alpha=factor)
-        if alone or not self._ends_in_relu():
-            return self.activate(put_rows(x, y_rows, start, relu=False))
-        return put_rows(x, y_rows, start, relu=True)  # the other rows: relu(x), and x comes out of a ReLU
-
-    def _branch_of_rows(self, x_rows: Tensor, copied: bool) -> Tensor:
-        if not copied or torch.compiler.is_compiling() or not hasattr(x_rows.grad_fn, 'start'):
-            return self.branch(x_rows)  # without `start`: nothing was taken from a graph, or compiled code has done it
-        with gathered_again(x_rows):
-            x = self.conv1(x_rows)
-        return self.after_conv1(x)
-
-    def _forward_scripted(self, x: Tensor) -> Tensor:
-        branch, shortcut = self.branch(x), self.shortcut(x)
-        if self.training and self.drop_path.p_l < 1.0:
-            return self.activate(torch.addcmul(shortcut, branch, self.drop_path.gate(branch)))
-        if self.drop_path.rescale == 'test' and self.drop_path.p_l < 1.0:
-            return self.activate(torch.add(shortcut, branch, alpha=self.drop_path.p_l))
-        branch += shortcut
-        return self.activate(branch)
+    @outside_compiler
+    def _branch_of_rows(
+        self, x: Tensor, x_rows: Tensor, window: Window, part: Callable[[str], Callable[..., Tensor]]
+    ) -> Tensor:
+        wraps = window.start + window.rows > x.shape[0]
+        if wraps and hasattr(x_rows.grad_fn, 'window'):  # the rows are a copy, which backward need not keep
+            try:
+                keeping_nothing = gathered_again(x_rows)
+            except LookupError:
+                return part('branch')(x_rows)
+            with keeping_nothing:
+                x_rows = self.conv1(x_rows)
+            return part('after_conv1')(x_rows)
+        return part('branch')(x_rows)
 
     def branch_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that a dropped block does not use."""
@@ -198,150 +205,135 @@ class ResidualBlock(nn.Module):
             if name != 'downsample':
                 yield from child.parameters()
 
-    def check(self, survival_prob: float, mode: str, rescale: str) -> None:
-        """Raise a ValueError where `configure` could not do this, before anything has changed."""
-        check_settings(survival_prob, mode, rescale)
-        if rescale == 'train' or survival_prob == 1:
-            return
-        norm = getattr(self, self.last_norm)
-        if self.se is not None:
-            raise ValueError(
-                "drop_path_rescale='test' cannot be combined with an attention layer after the last norm layer: "
-                "survival probabilities could not be folded into the weights; use drop_path_rescale='train'"
-            )
-        if getattr(norm, 'weight', None) is None or getattr(norm, 'bias', None) is None:
-            raise ValueError(
-                f"drop_path_rescale='test' needs a last norm layer with weight and bias, got {norm}; "
-                "use drop_path_rescale='train'"
-            )
-
-    def configure(self, survival_prob: float, mode: str, rescale: str, keep_function: bool) -> None:
-        """Set the survival probability, mode and rescaling, in place.
-
-        Args:
-            survival_prob: p_l, in (0, 1].
-            mode: See `StochasticDepth`.
-            rescale: See `StochasticDepth`.
-            keep_function: Rescale the last norm layer, so that the test-time function stays.
-
-        Raises:
-            ValueError: As `check`.
-        """
-        self.check(survival_prob, mode, rescale)
-        norm = getattr(self, self.last_norm)
-        old = self.drop_path.test_scale
-        self.drop_path.configure(survival_prob, mode, rescale)
-        self.drop_path.rebuild_carrier(like=getattr(norm, 'weight', None))
-        if keep_function and old != self.drop_path.test_scale:
-            for module in norm.modules():  # split BatchNorm holds auxiliary ones
-                for tensor in (module.weight, module.bias) if hasattr(module, 'weight') else ():
-                    tensor.data.copy_(_scaled(tensor, old / self.drop_path.test_scale))
-
     def check_alone(self) -> None:
         """Raise where a draw that other ranks do not share would make SyncBatchNorm wait for ever."""
-        norm = getattr(self, self.last_norm)
-        if many_ranks() and isinstance(norm, nn.SyncBatchNorm):
+        if self.drop_path.mode == 'batch' and many_ranks() and _holds(self, nn.SyncBatchNorm):
             raise RuntimeError(
                 "drop_path_mode='batch' with SyncBatchNorm needs decisions that all ranks share: without them ranks "
                 'would wait for each other for ever; leave drop_path_sync=True and call the whole model, or use '
                 "drop_path_mode='row' or 'subset'"
             )
 
+    def check_window(self) -> None:
+        """Raise where a norm layer would split the rows that are left."""
+        if _holds(self, SplitBatchNorm2d):
+            raise ValueError(
+                "drop_path_mode='subset' cannot be combined with split BatchNorm, which needs the whole batch to "
+                "split; use drop_path_mode='batch' or 'row'"
+            )
+
+    def ends_in_relu(self) -> bool:
+        """May a ReLU be put in the place of its activation?"""
+        return isinstance(self.last_act, nn.ReLU) and not is_hooked(self.last_act)
+
     def __prepare_scriptable__(self) -> nn.Module:
         return scriptable_copy(self)
 
-    def _ends_in_relu(self) -> bool:
-        return isinstance(getattr(self, self.last_norm.replace('bn', 'act')), nn.ReLU)
-
-    def _is_one_pixel(self, x: Tensor) -> bool:
-        """Would a norm layer of the branch see a single pixel?"""
-        return max(x.shape[-2:]) <= self.stride
-
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        norm_prefix = f'{prefix}{self.last_norm}.'
-        assign = local_metadata.get('assign_to_params_buffers', False)
-        factor = self._load_factor(state_dict, prefix, norm_prefix, args[-1])
-        if factor != 1:
-            for key in [k for k in state_dict if k.startswith(norm_prefix) and k.endswith(('.weight', '.bias'))]:
-                scaled = _scaled(state_dict[key], factor)
-                state_dict[key] = scaled.to(state_dict[key].dtype) if assign else scaled
-        weight = state_dict.get(f'{norm_prefix}weight')
-        self.drop_path.rebuild_carrier(like=weight if assign else None)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        paper_rescaling.fold(self, state_dict, prefix, local_metadata, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
-    def _load_factor(self, state_dict: dict[str, Any], prefix: str, norm_prefix: str, errors: list[str]) -> float:
-        """p_checkpoint / p_model."""
-        key = f'{prefix}drop_path.survival_prob'
-        stored = state_dict.get(key)
-        if stored is None:
-            norm = getattr(self, self.last_norm)
-            has_statistics = getattr(norm, 'running_mean', None) is not None
-            if has_statistics and f'{norm_prefix}running_mean' not in state_dict:
-                return 1.0
-            return 1 / self.drop_path.test_scale
-        if not (isinstance(stored, Tensor) and stored.numel() == 1 and (stored.is_meta or 0 < float(stored) <= 1)):
-            errors.append(f'{key} must be a survival probability in (0, 1], got {stored!r}')
-            return 1.0
-        if stored.is_meta:
-            return 1.0
-        own = torch.tensor(self.drop_path.test_scale, dtype=stored.dtype)  # compared at the stored precision
-        if float(own) == float(stored):
-            return 1.0
-        return float(stored) / self.drop_path.test_scale
+
+def _holds(block: nn.Module, kind: type) -> bool:
+    """Does a branch hold a norm layer of that kind? All of a network's are alike."""
+    return isinstance(getattr(block, paper_rescaling.last_norm_name(block)), kind)
+
+
+def blocks_in(module: nn.Module) -> Iterator[ResidualBlock]:
+    """The residual blocks of a module in order, also those that somebody has wrapped."""
+    if isinstance(module, ResidualBlock):
+        yield module
+    else:
+        for child in module.children():
+            yield from blocks_in(child)
 
 
 class Stage(nn.Sequential):
-    """The blocks of one stage; a plain `nn.Sequential` for whoever calls it with the input alone."""
+    """The blocks of one stage, and whatever else somebody puts there; a plain `nn.Sequential` for who calls it so."""
 
-    def decides_per_batch(self) -> bool:
+    plain_class = nn.Sequential
+
+    def runs_outside_compiler(self) -> bool:
         """Does one of the blocks?"""
-        return any(block.decides_per_batch() for block in self)  # type: ignore[operator]
+        return any(block.runs_outside_compiler() for block in blocks_in(self))
 
     @forward_by_mode
-    def forward(
-        self,
-        x: Tensor,
-        decisions: list[Decision] | None = None,
-        grad_checkpointing: bool = False,
-        ramp: Any = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, drawn: Sequence[Draw] | None = None, grad_checkpointing: bool = False) -> Tensor:
         """Run the blocks.
 
         Args:
             x: (N, C, H, W).
-            decisions: One per block; None lets each block draw for itself.
+            drawn: One draw per block; None lets each block draw for itself.
             grad_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
-            ramp: The network's `DropPathRamp`, whose rates may have changed by then, or None.
         """
-        if torch.jit.is_scripting():
-            for block in self:
-                x = block(x)
-            return x
-        else:
-            for block, decision in zip(self, [None] * len(self) if decisions is None else decisions):
-                x = _checkpointed(block, x, decision, ramp) if grad_checkpointing else block(x, decision)
-            return x
+        before: Any = None
+        for module in self:
+            own = list(blocks_in(module))
+            draws = None if drawn is None else drawn[: len(own)]
+            drawn = None if drawn is None else drawn[len(own) :]
+            if draws is not None and takes_draws(module):
+                after_relu = before is not None and before.ends_in_relu() and not is_hooked(before)
+                # By name: to a full backward hook, as under timm, the input is the one argument
+                given: dict[str, Any] = {'drawn': draws[0], 'after_relu': after_relu}
+                if grad_checkpointing:
+                    given['use_reentrant'] = False
+                x = checkpoint(module, x, **given) if grad_checkpointing else module(x, **given)
+            elif draws is None and not grad_checkpointing:
+                x = module(x)
+            else:
+                x = call_wrapped(module, x, own, draws, grad_checkpointing)
+            before = module if takes_draws(module) else None
+        return x
 
 
-def _checkpointed(block: nn.Module, x: Tensor, decision: Decision, ramp: DropPathRamp | None) -> Tensor:
-    if ramp is None or torch.compiler.is_compiling():  # compiled code keeps its own rates for its backward pass
-        return checkpoint(block, x, decision, use_reentrant=False)
-    return checkpoint(block, x, decision, use_reentrant=False, context_fn=ramp.contexts)
+def takes_draws(module: nn.Module) -> bool:
+    """Is it a block or a stage as it was made, whose `forward` nobody has replaced?"""
+    return isinstance(module, (ResidualBlock, Stage)) and 'forward' not in module.__dict__
 
 
-def _scaled(tensor: Tensor, factor: float) -> Tensor:
-    """The product, computed in float32 or better."""
-    tensor = tensor.detach()
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor
+@outside_compiler
+def call_wrapped(
+    module: nn.Module,
+    x: Tensor,
+    blocks: Sequence[ResidualBlock],
+    drawn: Sequence[Draw] | None,
+    grad_checkpointing: bool = False,
+) -> Tensor:
+    """A module that somebody has put into the network, with a draw for each block in it, if there are any."""
+    if drawn is None or not blocks:
+        return checkpoint(module, x, use_reentrant=False) if grad_checkpointing else module(x)
+    if grad_checkpointing:
+        return checkpoint(_hand_over, module, x, blocks, drawn, use_reentrant=False)
+    return _hand_over(module, x, blocks, drawn)
+
+
+@outside_compiler
+def _hand_over(module: nn.Module, x: Tensor, blocks: Sequence[ResidualBlock], drawn: Sequence[Draw]) -> Tensor:
+    """Blocks that somebody has wrapped are called with their input alone."""
+    for block, own in zip(blocks, drawn):
+        block.__dict__['handed'] = own
+    try:
+        return module(x)
+    finally:
+        for block in blocks:
+            block.__dict__.pop('handed', None)
 
 
 @register_notrace_module  # a leaf for torch.fx: no draw is frozen into a graph
 class StochasticBasicBlock(ResidualBlock, BasicBlock):
     """Two 3x3 convolutions (ResNet-18 and -34, and the paper's CIFAR nets)."""
 
-    last_norm = 'bn2'
     plain_class = BasicBlock
 
     def after_conv1(self, x: Tensor) -> Tensor:
@@ -351,15 +343,15 @@ class StochasticBasicBlock(ResidualBlock, BasicBlock):
             x = self.se(x)
         return x
 
-    def activate(self, x: Tensor) -> Tensor:
-        return self.act2(x)
+    @property
+    def last_act(self) -> nn.Module:
+        return self.act2
 
 
 @register_notrace_module
 class StochasticBottleneck(ResidualBlock, Bottleneck):
     """A 1x1, a 3x3 and a 1x1 convolution (ResNet-50 and deeper)."""
 
-    last_norm = 'bn3'
     plain_class = Bottleneck
 
     def after_conv1(self, x: Tensor) -> Tensor:
@@ -370,5 +362,6 @@ class StochasticBottleneck(ResidualBlock, Bottleneck):
             x = self.se(x)
         return x
 
-    def activate(self, x: Tensor) -> Tensor:
-        return self.act3(x)
+    @property
+    def last_act(self) -> nn.Module:
+        return self.act3

@@ -5,15 +5,16 @@ Huang et al., section 4; the nets are those of He et al. (https://arxiv.org/abs/
 
 # No postponed annotations here: torch.fx copies forward's into the code that it writes.
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import create_classifier
 from timm.models import generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
+from .private_api import feature_take_indices
 from .resnet_base import StochasticDepthNet, build
 from .resnet_blocks import Stage, StochasticBasicBlock
 from .schedules import Schedule
@@ -39,8 +40,8 @@ class PadShortcut(nn.Module):
         return F.pad(x, (0, 0, 0, 0, 0, self.channels))
 
 
-class StochasticCifarResNet(StochasticDepthNet):
-    """A ResNet of the paper's CIFAR kind, with timm's model interface.
+class CifarResNet(nn.Module):
+    """A ResNet of the paper's CIFAR kind, with timm's model interface and without stochastic depth.
 
     Args:
         blocks_per_stage: n; the network has L = 3n blocks and 6n + 2 layers. Or one number for each stage.
@@ -49,21 +50,22 @@ class StochasticCifarResNet(StochasticDepthNet):
         global_pool: timm's pooling type.
         channels: Width of each stage.
         drop_rate: Dropout before the classifier.
-        drop_path_rate: 1 - p_L, in [0, 1); None is 0.5 where the schedule needs one.
-        drop_path_schedule: See `sd_resnet.survival_probs`.
-        drop_path_mode: `'batch'`, `'row'` or `'subset'`; see `sd_resnet.StochasticDepth`.
-        drop_path_rescale: `'test'`, the paper's, or `'train'`, timm's.
-        drop_path_sync: In batch mode all ranks of a distributed training drop the same blocks.
-        drop_path_ramp: (kind, steps), a rate that changes during training; see `DropPathRamp`.
         zero_init_last: Start with branches that return zero, as timm's ResNet does.
+        block: The residual blocks' class.
+        stage: The stages' class.
         device: Device of the parameters.
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: An argument is outside what is allowed.
+        ValueError: `blocks_per_stage` is not allowed.
     """
 
-    stage_names = ('layer1', 'layer2', 'layer3')
+    stage_names: tuple[str, ...] = ('layer1', 'layer2', 'layer3')
+
+    if TYPE_CHECKING:  # TorchScript would read plain annotations
+        layer1: Any
+        layer2: Any
+        layer3: Any
 
     def __init__(
         self,
@@ -73,13 +75,9 @@ class StochasticCifarResNet(StochasticDepthNet):
         global_pool: str = 'avg',
         channels: tuple[int, int, int] = (16, 32, 64),
         drop_rate: float = 0.0,
-        drop_path_rate: float | None = None,
-        drop_path_schedule: Schedule = 'linear',
-        drop_path_mode: str = 'batch',
-        drop_path_rescale: str = 'test',
-        drop_path_sync: bool = True,
-        drop_path_ramp: tuple[str, int] | None = None,
         zero_init_last: bool = True,
+        block: Any = BasicBlock,
+        stage: Any = nn.Sequential,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -107,9 +105,9 @@ class StochasticCifarResNet(StochasticDepthNet):
             for index in range(size):
                 first = index == 0 and stride > 1
                 shortcut = PadShortcut(planes - inplanes, stride) if first else None
-                blocks.append(StochasticBasicBlock(inplanes, planes, stride if first else 1, shortcut, **dd))
+                blocks.append(block(inplanes, planes, stride if first else 1, shortcut, **dd))
                 inplanes = planes
-            setattr(self, name, Stage(*blocks))
+            setattr(self, name, stage(*blocks))
             self.feature_info.append(dict(num_chs=planes, reduction=reduction, module=name))
 
         self.num_features = inplanes
@@ -123,11 +121,9 @@ class StochasticCifarResNet(StochasticDepthNet):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
         if zero_init_last:
-            for block in self.blocks():
-                block.zero_init_last()
-        self.init_drop_path(
-            drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_rescale, drop_path_sync, drop_path_ramp
-        )
+            for module in self.modules():
+                if isinstance(module, BasicBlock):
+                    module.zero_init_last()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
@@ -172,11 +168,8 @@ class StochasticCifarResNet(StochasticDepthNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, C, H, W) images to the last stage's (N, 64, H/4, W/4)."""
-        if torch.jit.is_scripting():
-            x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
-            return self.layer3(self.layer2(self.layer1(x)))
-        else:
-            return self.forward_stages(x)[0]
+        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        return self.layer3(self.layer2(self.layer1(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features to logits (N, num_classes), or to what the classifier is given."""
@@ -188,6 +181,46 @@ class StochasticCifarResNet(StochasticDepthNet):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) images to logits (N, num_classes)."""
         return self.forward_head(self.forward_features(x))
+
+
+class StochasticCifarResNet(StochasticDepthNet, CifarResNet):
+    """A ResNet of the paper's CIFAR kind, trained with stochastic depth.
+
+    Args:
+        blocks_per_stage: See `CifarResNet`.
+        drop_path_rate: 1 - p_L, in [0, 1); None is 0.5 where the schedule needs one.
+        drop_path_schedule: See `sd_resnet.survival_probs`.
+        drop_path_mode: `'batch'`, `'row'` or `'subset'`; see `sd_resnet.StochasticDepth`.
+        drop_path_rescale: `'train'`, timm's, or `'test'`, the paper's letter; see `paper_rescaling`.
+        drop_path_sync: In batch mode all ranks of a distributed training drop the same blocks.
+        drop_path_ramp: (kind, steps), a rate that changes during training; see `DropPathRamp`.
+        **kwargs: What `CifarResNet` takes.
+
+    Raises:
+        ValueError: An argument is outside what is allowed.
+    """
+
+    plain_class = CifarResNet
+
+    def __init__(
+        self,
+        blocks_per_stage: int | Sequence[int],
+        drop_path_rate: float | None = None,
+        drop_path_schedule: Schedule = 'linear',
+        drop_path_mode: str = 'batch',
+        drop_path_rescale: str = 'train',
+        drop_path_sync: bool = True,
+        drop_path_ramp: tuple[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(blocks_per_stage, block=StochasticBasicBlock, stage=Stage, **kwargs)
+        self.init_drop_path(
+            drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_rescale, drop_path_sync, drop_path_ramp
+        )
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) images to the last stage's (N, 64, H/4, W/4)."""
+        return self.forward_stages(x)[0]
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from timm.models import (
     PretrainedCfg,
     generate_default_cfgs,
@@ -35,7 +34,7 @@ class StochasticResNet(StochasticDepthNet, ResNet):
         drop_path_rate: 1 - p_L, in [0, 1); None is 0.5 where the schedule needs one.
         drop_path_schedule: See `sd_resnet.survival_probs`.
         drop_path_mode: `'batch'`, `'row'` or `'subset'`; see `sd_resnet.StochasticDepth`.
-        drop_path_rescale: `'test'`, the paper's, or `'train'`, timm's.
+        drop_path_rescale: `'train'`, timm's, or `'test'`, the paper's letter; see `paper_rescaling`.
         drop_path_sync: In batch mode all ranks of a distributed training drop the same blocks.
         drop_path_ramp: (kind, steps), a rate that changes during training; see `DropPathRamp`.
         **kwargs: What timm's `ResNet` takes.
@@ -44,6 +43,7 @@ class StochasticResNet(StochasticDepthNet, ResNet):
         ValueError: An argument is outside what is allowed.
     """
 
+    plain_class = ResNet
     stage_names = ('layer1', 'layer2', 'layer3', 'layer4')
 
     def __init__(
@@ -53,7 +53,7 @@ class StochasticResNet(StochasticDepthNet, ResNet):
         drop_path_rate: float | None = None,
         drop_path_schedule: Schedule = 'linear',
         drop_path_mode: str = 'batch',
-        drop_path_rescale: str = 'test',
+        drop_path_rescale: str = 'train',
         drop_path_sync: bool = True,
         drop_path_ramp: tuple[str, int] | None = None,
         **kwargs: Any,
@@ -67,11 +67,7 @@ class StochasticResNet(StochasticDepthNet, ResNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, C, H, W) images to the last stage's (N, C', H/32, W/32)."""
-        if torch.jit.is_scripting():
-            x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
-            return self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        else:
-            return self.forward_stages(x)[0]
+        return self.forward_stages(x)[0]
 
 
 def _cfgs(variant: str) -> dict[str, PretrainedCfg]:

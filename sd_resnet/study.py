@@ -27,6 +27,7 @@ from .datasets import NAME, write_fashion_mnist
 
 PACKAGE = Path(__file__).parent
 CONSTANT: tuple[str, ...] = ('--drop-path', '0')
+LETTER = 'drop_path_rescale=test'
 TIMM_ROW = ('drop_path_mode=row', 'drop_path_schedule=timm', 'drop_path_rescale=train')
 
 
@@ -92,7 +93,10 @@ class Cell:
     def arguments(self) -> list[str]:
         """What it adds to the scale's."""
         crop = '--train-crop-mode rrc --scale 0.605 0.605 --ratio 1 1 --hflip 0.5 --color-jitter 0'
-        return [*self.flags, '--seed', str(self.seed), *(crop.split() if self.augmented else ['--no-aug'])]
+        # The paper's letter, unless the method has another; the script takes one list of them
+        rescaled = any(flag.startswith('drop_path_rescale=') for flag in self.flags)
+        letter = [] if rescaled else [*(() if '--model-kwargs' in self.flags else ('--model-kwargs',)), LETTER]
+        return [*self.flags, *letter, '--seed', str(self.seed), *(crop.split() if self.augmented else ['--no-aug'])]
 
 
 def _dropping(p_last: float, *model_args: str) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .datasets import NAME, evaluation_loader
+from .paper_rescaling import evaluation_factor
 from .records import read_run
 from .schedules import survival_probs
 
@@ -173,7 +174,7 @@ def analyse(model: Any, data: Path, scale: dict[str, Any], seed: int) -> dict[st
         return 100 * (probabilities.argmax(-1) != target).float().mean().item()
 
     blocks = len(model.survival_probs)
-    tested = [block.drop_path.test_scale for block in model.blocks()]
+    tested = [evaluation_factor(block) for block in model.blocks()]
     draw = random.Random(seed)
     p = survival_probs(blocks, SAMPLED_RATE)
     sampled = [probabilities([float(draw.random() < p_l) for p_l in p]) for _ in range(scale['networks'])]

@@ -11,14 +11,16 @@ import json
 import re
 import secrets
 import socket
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
+PATIENCE = 600  # seconds for an answer: the client's own 10 may be too few on a busy machine
 LARGE = ('*.safetensors', '*.bin', '*.pth', '*.png')
 LICENCES = ('apache-2.0', 'mit', 'bsd-3-clause', 'cc-by-4.0', 'other', 'unknown')  # some of those that the Hub knows
 
@@ -46,6 +48,12 @@ class Repository:
     commits: dict = field(default_factory=dict)  # commit: {path: (hash, size, large)}
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # of a client that has seen enough
+            super().handle_error(request, client_address)
+
+
 class Refused(Exception):
     def __init__(self, status, message, code=None, **body):
         super().__init__(message)
@@ -65,12 +73,14 @@ class Hub:
         self.lock = threading.RLock()
         self.before_commit = None  # called once, with the repository locked by nobody
         handler = type('BoundHandler', (Handler,), {'hub': self})
-        self.servers = [ThreadingHTTPServer(('127.0.0.1', 0), handler) for _ in range(2)]
+        self.servers = [Server(('127.0.0.1', 0), handler) for _ in range(2)]
         self.url, self.content_url = (f'http://127.0.0.1:{server.server_port}' for server in self.servers)
 
     @property
     def environment(self):
-        return {'HF_ENDPOINT': self.url, 'HF_HUB_DISABLE_XET': '1', 'HF_TOKEN': self.token, 'NO_PROXY': '127.0.0.1'}
+        patience = dict.fromkeys(('HF_HUB_ETAG_TIMEOUT', 'HF_HUB_DOWNLOAD_TIMEOUT'), str(PATIENCE))
+        own = {'HF_ENDPOINT': self.url, 'HF_HUB_DISABLE_XET': '1', 'HF_TOKEN': self.token, 'NO_PROXY': '127.0.0.1'}
+        return own | patience
 
     def __enter__(self):
         for server in self.servers:
@@ -234,7 +244,11 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({})
 
     def validate(self):
-        match = re.match(r'---\n(.*?)\n---\n', json.loads(self.body)['content'], re.S)
+        if 'json' in self.headers['Content-Type']:
+            content = json.loads(self.body)['content']
+        else:  # a form, from early versions of the client
+            content = parse_qs(self.body.decode())['content'][0]
+        match = re.match(r'---\n(.*?)\n---\n', content, re.S)
         try:
             found = yaml.safe_load(match.group(1)) if match else None
             errors = [] if isinstance(found, dict) else [{'message': 'the card has no metadata'}]

@@ -35,7 +35,6 @@ def python(tmp_path):
             env={**os.environ, 'PYTHONPATH': str(path), **environment},
             capture_output=True,
             text=True,
-            timeout=60,
             cwd=path,  # python -c looks there first
         )
 
@@ -114,6 +113,28 @@ def test_an_uninstalled_plugin_leaves_timm_usable(python):
     assert "ModuleNotFoundError: No module named 'sd_resnet'" in result.stderr
 
 
+@pytest.mark.parametrize('code', ['import timm', 'import sd_resnet', 'import sd_resnet, timm'])
+def test_a_folder_without_the_package_in_it_is_named_in_one_line(python, code):
+    """An editable install leaves a folder of weights beside it; once the checkout has moved, Python imports that."""
+    (python.folder / 'sd_resnet.py').rename(python.folder / 'moved.py')
+    (python.folder / 'sd_resnet' / 'weights').mkdir(parents=True)
+    for flags in ((), ('-W', 'error')):
+        result = python(f'{code}; import timm; print(timm.registry)', *flags)
+        assert result.stdout.strip() == "['resnet50']", result.stderr
+        said = [line for line in result.stderr.splitlines() if 'Warning: ' in line]
+        assert len(said) == 1, result.stderr
+        assert f'{python.folder / "sd_resnet"} has no __init__.py' in said[0]
+        assert 'install sd_resnet again' in said[0]
+    _ok(python(code, '-W', 'ignore'))
+    _ok(python(code, SD_RESNET_AUTOLOAD='0'))
+
+
+def test_a_folder_left_over_beside_the_package_is_not_spoken_of(python, tmp_path):
+    (tmp_path / 'first' / 'sd_resnet' / 'weights').mkdir(parents=True)
+    code = f'import sys; sys.path.insert(0, {str(tmp_path / "first")!r}); import timm; print(timm.registry)'
+    _ok(python(code), "['resnet50', 'sd_resnet50']")
+
+
 def test_broken_or_absent_timm_fails_as_it_does_without_the_plugin(python):
     (python.folder / 'timm' / '__init__.py').write_text('import torch_that_is_not_there')
     code = """
@@ -180,7 +201,6 @@ def test_starting_it_imports_nothing_else(tmp_path):
         env={**os.environ, 'PYTHONPATH': str(tmp_path), 'SD_RESNET_AUTOLOAD': '1'},
         capture_output=True,
         text=True,
-        timeout=60,
     )
     assert result.stdout.strip() == "['_sd_resnet_autoload']"
 
@@ -208,7 +228,7 @@ def wheel(tmp_path_factory):
         str(folder),
         str(ROOT),
     ]
-    subprocess.run(pip, check=True, timeout=300)
+    subprocess.run(pip, check=True)
     venv.create(folder / 'bare', with_pip=False)
     interpreter = folder / 'bare' / 'bin' / 'python'
     site = sysconfig.get_path('purelib', vars={'base': str(folder / 'bare'), 'platbase': str(folder / 'bare')})
@@ -234,9 +254,7 @@ def test_a_wheel_registers_the_models_also_after_find_spec(wheel):
         'import sd_resnet; print(sd_resnet.__file__)'
     )
     environment = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'SD_RESNET_AUTOLOAD')}
-    result = subprocess.run(
-        [interpreter, '-c', code], env=environment, capture_output=True, text=True, timeout=120, cwd=site.parent
-    )
+    result = subprocess.run([interpreter, '-c', code], env=environment, capture_output=True, text=True, cwd=site.parent)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == str(site / 'sd_resnet' / '__init__.py')
 
@@ -245,7 +263,7 @@ def test_python_starts_in_silence_where_timm_and_torch_are_absent(wheel):
     interpreter, site, _ = wheel
     (site / 'parent.pth').rename(site / 'parent.off')
     try:
-        result = subprocess.run([interpreter, '-W', 'error', '-c', 'pass'], capture_output=True, text=True, timeout=60)
+        result = subprocess.run([interpreter, '-W', 'error', '-c', 'pass'], capture_output=True, text=True)
     finally:
         (site / 'parent.off').rename(site / 'parent.pth')
     assert (result.returncode, result.stdout, result.stderr) == (0, '', '')

@@ -8,8 +8,9 @@ import timm
 import torch
 
 from sd_resnet import bench, bench_report, cli
+from sd_resnet.draws import Draw, Window
 
-from .conftest import NARROW, images, make
+from .conftest import NARROW, decide, images, make
 
 SMALL = dict(model='sd_resnet20_cifar', batch=4, size=16, steps=2, saved_steps=3)
 
@@ -28,7 +29,9 @@ def test_subset_mode_never_keeps_more_for_backward_than_constant_depth(layout, a
     with torch.autocast('cpu', torch.bfloat16, enabled=amp):
         limit = _saved(constant, x)
         for start in range(16):  # from no window that wraps to all of them
-            subset.draw = lambda x, start=start: [start] * 16
+            rows = [round(16 * p_l) for p_l in subset.survival_probs]
+            draws = [Draw(k / 16, Window(start, k, k)) for k in rows]
+            subset.draw = lambda x, draws=draws: list(draws)
             shares.append(_saved(subset, x) / limit)
     assert max(shares) == min(shares)
     assert 0.8 < max(shares) < 0.95
@@ -41,7 +44,7 @@ def test_batch_mode_keeps_less_for_backward_by_what_its_dropped_blocks_would_hav
     limit, blocks = _saved(constant, x), len(model.survival_probs)
 
     def with_dropped(*dropped):
-        model.draw = lambda x: [index not in dropped for index in range(blocks)]
+        decide(model, [index not in dropped for index in range(blocks)])
         return _saved(model, x)
 
     assert with_dropped() == limit

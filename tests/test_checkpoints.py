@@ -18,14 +18,15 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from sd_resnet import checkpoints, to_resnet
 from sd_resnet.checkpoints import export, read_checkpoint
 
-from .conftest import NARROW, images, make
+from .conftest import IMAGENET, NARROW, images, make
 
 CONVENTIONS = {
     'plain': dict(drop_path_rate=0),
-    'linear test': dict(drop_path_rate=0.5),
-    'uniform test': dict(drop_path_rate=0.2, drop_path_schedule='uniform'),
-    'train': dict(drop_path_rate=0.5, drop_path_rescale='train'),
+    'linear test': dict(drop_path_rate=0.5, drop_path_rescale='test'),
+    'uniform test': dict(drop_path_rate=0.2, drop_path_schedule='uniform', drop_path_rescale='test'),
+    'train': dict(drop_path_rate=0.5),
 }
+LETTER = dict(drop_path_rescale='test')
 PAIRS = list(itertools.product(CONVENTIONS, CONVENTIONS))
 # of the largest logit, computed in float64: what rounding the weights of 8 to 16 blocks to the type amounts to
 PRECISION = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -54,8 +55,8 @@ def test_every_convention_loads_into_every_other(source, target, dtype):
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
 def test_models_of_low_precision_compute_in_their_own_type(dtype):
-    trained = make('sd_resnet20_cifar')
-    model = make('sd_resnet20_cifar', drop_path_rate=0.2, dtype=dtype)
+    trained = make('sd_resnet20_cifar', **LETTER)
+    model = make('sd_resnet20_cifar', drop_path_rate=0.2, dtype=dtype, **LETTER)
     model.load_state_dict(trained.state_dict())
     x = images()
     out, expected = model(x.to(dtype)), trained(x)
@@ -84,24 +85,40 @@ def test_plain_resnets_of_timm_and_torchvision_load(library, target):
     assert _agree(model, plain)
 
 
+@pytest.mark.parametrize('name', IMAGENET)
+def test_by_default_state_dict_and_evaluation_are_timms_bit_for_bit(name):
+    """Whatever merges, filters, averages or copies state dicts works with them as with timm's."""
+    small = {} if '152' in name or '101' in name else {'full': True}
+    ours, plain = make(f'sd_{name}', **small), make(name, **small)
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    ours.load_state_dict(plain.state_dict())
+    assert all(torch.equal(value, ours.state_dict()[key]) for key, value in plain.state_dict().items())
+    with torch.no_grad():
+        x = images(2, 64)
+        assert torch.equal(ours(x), plain(x))
+        assert all(map(torch.equal, ours.forward_intermediates(x)[1], plain.forward_intermediates(x)[1]))
+
+
 def test_a_plain_resnet_refuses_an_unfolded_checkpoint():
     with pytest.raises(RuntimeError, match=r'Unexpected key.*layer1.0.drop_path.survival_prob'):
-        make('resnet18').load_state_dict(make('sd_resnet18').state_dict())
+        make('resnet18').load_state_dict(make('sd_resnet18', **LETTER).state_dict())
 
 
 def test_the_probability_is_in_the_state_dict_where_it_is_below_one_and_in_test_rescaling():
-    keys = {k: v for k, v in make('sd_resnet18').state_dict().items() if 'drop_path' in k}
+    keys = {k: v for k, v in make('sd_resnet18', **LETTER).state_dict().items() if 'drop_path' in k}
     assert list(keys) == [f'layer{s}.{b}.drop_path.survival_prob' for s in range(1, 5) for b in range(2)]
     assert [float(v) for v in keys.values()] == [1 - l / 16 for l in range(1, 9)]
     for convention in ('plain', 'train'):
         assert not [k for k in make('sd_resnet18', **CONVENTIONS[convention]).state_dict() if 'drop_path' in k]
-    assert 'layer1.0.drop_path.survival_prob' not in make('sd_resnet18', drop_path_schedule='timm').state_dict()
+    state = make('sd_resnet18', drop_path_schedule='timm', **LETTER).state_dict()
+    assert 'layer1.0.drop_path.survival_prob' not in state
 
 
 class TestCorners:
     def test_a_model_that_was_made_in_inference_mode_is_saved(self):
         with torch.inference_mode():
-            model = timm.create_model('sd_resnet20_cifar')
+            model = timm.create_model('sd_resnet20_cifar', **LETTER)
+        model.set_drop_path(rate=0.5)
         assert model.state_dict()['layer3.2.drop_path.survival_prob'] == 0.5
 
     def test_loading_does_not_touch_the_callers_dict(self):
@@ -115,7 +132,7 @@ class TestCorners:
     def test_a_model_on_the_meta_device_with_assign(self, source):
         trained = make('sd_resnet18', **CONVENTIONS[source])
         with torch.device('meta'):
-            model = make('sd_resnet18')
+            model = make('sd_resnet18', **LETTER)
         model.load_state_dict(trained.state_dict(), assign=True)
         assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
         assert _agree(model.to('cpu'), trained)
@@ -124,47 +141,56 @@ class TestCorners:
         assert _agree(again, trained)
 
     def test_assign_keeps_the_files_type(self):
-        trained = make('sd_resnet18', drop_path_rate=0.3).half()
-        model = make('sd_resnet18')
+        trained = make('sd_resnet18', drop_path_rate=0.3, **LETTER).half()
+        model = make('sd_resnet18', **LETTER)
         model.load_state_dict(trained.state_dict(), assign=True)
         assert {p.dtype for p in model.parameters()} == {torch.float16}
         assert _agree(model, trained)
 
     def test_to_empty_then_load(self):
-        trained = make('sd_resnet18', drop_path_rate=0.3)
+        trained = make('sd_resnet18', drop_path_rate=0.3, **LETTER)
         with torch.device('meta'):
-            model = make('sd_resnet18')
+            model = make('sd_resnet18', **LETTER)
         model.to_empty(device='cpu')
         model.load_state_dict(trained.state_dict())
         assert _agree(model, trained)
         other = make('sd_resnet18', drop_path_rate=0)
-        other.load_state_dict(model.state_dict())  # the travelling scalars are right again too
+        other.load_state_dict(model.state_dict())  # the travelling numbers are right again too
         assert _agree(other, trained)
 
-    def test_parameters_alone_are_not_rescaled(self):
-        model, other = make('sd_resnet18'), make('sd_resnet18')
-        model.load_state_dict(dict(other.named_parameters()), strict=False)
+    def test_parameters_alone_are_refused_under_test_rescaling_as_they_do_not_say_whose_they_are(self):
+        model, other = make('sd_resnet18', **LETTER), make('sd_resnet18', **LETTER)
+        parameters = dict(other.named_parameters())
+        with pytest.raises(RuntimeError, match='a state dict of parameters alone does not say whether it was scaled'):
+            model.load_state_dict(parameters, strict=False)
+        stored = {k: v for k, v in other.state_dict().items() if k.endswith('survival_prob')}
+        model.load_state_dict({**parameters, **stored}, strict=False)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+        default = make('sd_resnet18')
+        default.load_state_dict(parameters, strict=False)
+        assert all(torch.equal(a, b) for a, b in zip(default.parameters(), other.parameters()))
 
     @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
     def test_a_lower_precision_file_of_the_same_model_is_loaded_unscaled(self, dtype):
-        trained = make('sd_resnet20_cifar', drop_path_rate=0.3)  # p_l = 1 - l/9 0.3 is not exact in these types
+        trained = make(
+            'sd_resnet20_cifar', drop_path_rate=0.3, **LETTER
+        )  # p_l = 1 - l/9 0.3 is not exact in these types
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in trained.state_dict().items()}
-        model = make('sd_resnet20_cifar', drop_path_rate=0.3)
+        model = make('sd_resnet20_cifar', drop_path_rate=0.3, **LETTER)
         model.load_state_dict(state)
         for key, value in model.state_dict().items():
             if 'drop_path' not in key:
                 assert torch.equal(value, state[key].to(value.dtype)), key
 
     def test_rounds_of_saving_and_loading_do_not_drift(self):
-        model = make('sd_resnet20_cifar', drop_path_rate=0.3).bfloat16()
+        model = make('sd_resnet20_cifar', drop_path_rate=0.3, **LETTER).bfloat16()
         first = copy.deepcopy(model.state_dict())
         for _ in range(20):
             model.load_state_dict(copy.deepcopy(model.state_dict()))
         assert all(torch.equal(v, first[k]) for k, v in model.state_dict().items())
 
     def test_auxiliary_batchnorms_are_rescaled_too(self):
-        trained = convert_splitbn_model(make('sd_resnet18', drop_path_rate=0.5), 2)
+        trained = convert_splitbn_model(make('sd_resnet18', drop_path_rate=0.5, **LETTER), 2)
         model = convert_splitbn_model(make('sd_resnet18', drop_path_rate=0), 2)
         model.load_state_dict(trained.state_dict())
         norm, expected = model.layer4[1].bn2, trained.layer4[1].bn2
@@ -173,25 +199,25 @@ class TestCorners:
         torch.testing.assert_close(norm.aux_bn[0].bias, expected.aux_bn[0].bias * 0.5)
 
     def test_group_norm_has_no_statistics_and_is_rescaled(self):
-        trained = make('sd_resnet18', full=True, norm_layer='groupnorm')
+        trained = make('sd_resnet18', full=True, norm_layer='groupnorm', **LETTER)
         model = make('sd_resnet18', full=True, norm_layer='groupnorm', drop_path_rate=0)
         model.load_state_dict(trained.state_dict())
         assert _agree(model, trained)
 
     @pytest.mark.parametrize('value', [0.0, -1.0, 1.5, float('nan')])
     def test_an_impossible_probability_is_refused(self, value):
-        state = make('sd_resnet18').state_dict()
+        state = make('sd_resnet18', **LETTER).state_dict()
         state['layer1.0.drop_path.survival_prob'] = torch.tensor(value)
         with pytest.raises(RuntimeError, match=r'layer1.0.drop_path.survival_prob must be a survival probability in'):
             make('sd_resnet18').load_state_dict(state)
 
     def test_a_block_loads_on_its_own(self):
-        trained, model = make('sd_resnet18', drop_path_rate=0.3), make('sd_resnet18', drop_path_rate=0.8)
+        trained, model = (make('sd_resnet18', drop_path_rate=rate, **LETTER) for rate in (0.3, 0.8))
         model.layer4[1].load_state_dict(trained.layer4[1].state_dict())
         torch.testing.assert_close(model.layer4[1].bn2.weight * 0.2, trained.layer4[1].bn2.weight * 0.7)
 
     def test_another_number_of_classes_loads_without_strictness(self):
-        trained, model = make('sd_resnet18', drop_path_rate=0.3), make('sd_resnet18', num_classes=3)
+        trained, model = make('sd_resnet18', drop_path_rate=0.3, **LETTER), make('sd_resnet18', num_classes=3)
         state = {k: v for k, v in trained.state_dict().items() if not k.startswith('fc')}
         model.load_state_dict(state, strict=False)
         with torch.no_grad():
@@ -200,7 +226,7 @@ class TestCorners:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
     def test_an_average_of_weights_keeps_pace_with_the_model(self):
-        model = make('sd_resnet20_cifar', drop_path_rate=0.3)
+        model = make('sd_resnet20_cifar', drop_path_rate=0.3, **LETTER)
         ema = ModelEmaV3(model, decay=0.9)
         for _ in range(50):
             ema.update(model)
@@ -208,12 +234,15 @@ class TestCorners:
         assert all(torch.equal(v, ema.module.state_dict()[k]) for k, v in model.state_dict().items() if 'drop' in k)
 
     def test_a_scripted_models_checkpoint_loads(self):
-        trained = make('sd_resnet18', drop_path_rate=0.3)
-        state = torch.jit.script(trained).state_dict()
-        model = make('sd_resnet18', drop_path_rate=0.6)
-        model.load_state_dict(state)
-        assert _agree(model, trained)
-        assert isinstance(trained.layer1[0].drop_path.survival_prob, float)  # scripting left the model as it was
+        for rescale in ('train', 'test'):
+            trained = make('sd_resnet18', drop_path_rate=0.3, drop_path_rescale=rescale)
+            blocks = [type(block) for block in trained.blocks()]
+            state = torch.jit.script(trained).state_dict()
+            assert list(state) == list(trained.state_dict())
+            model = make('sd_resnet18', drop_path_rate=0.6, drop_path_rescale='test')
+            model.load_state_dict(state)
+            assert _agree(model, trained)
+            assert [type(block) for block in trained.blocks()] == blocks  # scripting left the model as it was
 
 
 class TestToResnet:
@@ -251,12 +280,12 @@ def trained(tmp_path_factory):
     """What timm's train.py leaves behind: its own saver, an argparse.Namespace, EMA, optimizer state."""
     folder = tmp_path_factory.mktemp('run')
     torch.manual_seed(0)
-    model = make('sd_resnet18', full=True, num_classes=7, in_chans=1)
+    model = make('sd_resnet18', full=True, num_classes=7, in_chans=1, **LETTER)
     averaged = ModelEmaV3(model)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.1)
-    args = argparse.Namespace(model='sd_resnet18', drop_path=None, model_kwargs={'drop_path_mode': 'row'})
+    args = argparse.Namespace(model='sd_resnet18', drop_path=None, model_kwargs={'drop_path_mode': 'row', **LETTER})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     saver = CheckpointSaver(model, optimizer, args, model_ema=averaged, checkpoint_dir=str(folder))
     saver.save_checkpoint(0, metric=50.0)
@@ -278,7 +307,7 @@ class TestExport:
 
     @pytest.mark.parametrize('name', ['sd_resnet18', 'sd_resnet50d', 'sd_resnext50_32x4d', 'sd_resnet20_cifar'])
     def test_the_architecture_of_a_bare_safetensors_file_is_found(self, name, tmp_path):
-        model = make(name, full=True)
+        model = make(name, full=True, **LETTER)
         save_file(model.state_dict(), tmp_path / 'in.safetensors')
         found, model_args = export(tmp_path / 'in.safetensors', tmp_path / 'out.safetensors')
         assert found == (name if 'cifar' in name else name.removeprefix('sd_'))

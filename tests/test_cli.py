@@ -75,7 +75,7 @@ def test_info_prints_the_table(capsys):
 def test_commands_take_any_of_timms_networks_under_an_sd_name():
     """Also those that are not registered at import: in a Python of its own, where no other test did that."""
     command = [sys.executable, '-m', 'sd_resnet.cli', 'info', 'sd_test_convnext2', '--img-size', '64']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert 'sd_test_convnext2, 64 x 64 px' in done.stdout, done.stderr
 
 

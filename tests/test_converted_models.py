@@ -15,7 +15,7 @@ VIT = dict(img_size=32, embed_dim=48, depth=3, num_heads=2, num_classes=5)
 
 
 def rates(model):
-    return [block.stochastic_depth.drop_prob for block in converted_blocks(model).values()]
+    return [block.block_drop_path.drop_prob for block in converted_blocks(model).values()]
 
 
 SMALLEST = [
@@ -89,7 +89,7 @@ def test_options():
     )
     assert rates(model) == pytest.approx([0.4] * 3)
     block = next(iter(converted_blocks(model).values()))
-    assert block.stochastic_depth.mode == 'batch'
+    assert block.block_drop_path.mode == 'batch'
     assert not block.draws.sync
     assert model.drop_path_ramp.steps == 3
     assert rates(timm.create_model(create, drop_path_schedule=[0.9, 0.8, 0.7], **VIT)) == pytest.approx([0.1, 0.2, 0.3])

@@ -169,7 +169,7 @@ def test_a_run_of_a_converted_network_is_pruned_and_not_pushed(vit_run, tmp_path
     write_images(tmp_path / 'images')
     model, x = load(str(run)), torch.randn(2, 1, 32, 32)
     assert torch.equal(model(x), trained(x))
-    assert [block.stochastic_depth.drop_prob for block in converted_blocks(model).values()] == pytest.approx(
+    assert [block.block_drop_path.drop_prob for block in converted_blocks(model).values()] == pytest.approx(
         [0, 0.1, 0.2]
     )
     command = ['prune', str(run), '--data', str(tmp_path / 'images'), '--images', '4', '--share', '0.7']

@@ -32,7 +32,7 @@ def build(name, ramp, mode='subset', rate=0.6):
         return model, [block.drop_path for block in model.blocks()], images(5, 16)
     model = timm.create_model(name, num_classes=5, img_size=32)
     sd_resnet.convert(model, rate, 'uniform', mode, ramp=ramp)
-    return model.train(), [block.stochastic_depth for block in converted_blocks(model).values()], images(5, 32)
+    return model.train(), [block.block_drop_path for block in converted_blocks(model).values()], images(5, 32)
 
 
 def rates(model, drop_paths, x, steps):
@@ -151,7 +151,7 @@ def test_features_count_as_steps_too(name):
 
 def test_it_is_refused_with_test_time_rescaling():
     with pytest.raises(ValueError, match="drop_path_ramp needs drop_path_rescale='train'"):
-        timm.create_model(RESNET, drop_path_ramp=('warmup', 4))
+        timm.create_model(RESNET, drop_path_rescale='test', drop_path_ramp=('warmup', 4))
     model, *_ = build(RESNET, ('warmup', 4))
     with pytest.raises(ValueError, match='drop_path_ramp'):
         model.set_drop_path(rescale='test')

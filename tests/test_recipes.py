@@ -80,7 +80,6 @@ def test_timms_parser_takes_every_line():
         env={**os.environ, 'SD_RESNET_AUTOLOAD': '0'},
         capture_output=True,
         text=True,
-        timeout=250,
     )
     assert result.returncode == 0, result.stderr
     parsed = json.loads(result.stdout)

@@ -20,6 +20,7 @@ class Block(nn.Module):
         self.norm = nn.BatchNorm2d(4)
         self.scale = nn.Parameter(torch.ones(4, 1, 1))
         self.drop_path = DropPath(0.3)
+        self.act = nn.ReLU(inplace=True)
 
     def forward(self, x):
         branch = self.conv(x) if self.kind == 'drop path not used' else self.drop_path(self.conv(x))
@@ -29,6 +30,9 @@ class Block(nn.Module):
             'position first': lambda: (x + self.other(x)) + branch,
             'turned': lambda: (x.permute(0, 2, 3, 1) + branch.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
             'relu': lambda: (x + branch).relu(),
+            'relu module': lambda: self.act(x + branch),
+            'scaled relu': lambda: (x * self.scale + branch).relu(),
+            'in place': lambda: x.add_(branch),
             'drop path not used': lambda: x + branch,
             'no shortcut': lambda: branch,
             'projection': lambda: self.other(x) + branch,
@@ -53,7 +57,8 @@ class Net(nn.Module):
 @pytest.mark.parametrize('kind', ['shortcut', 'scaled shortcut', 'position first', 'turned'])
 def test_blocks_with_a_shortcut_are_found(kind):
     (block,), left = search(Net(kind), (3, 8, 8))
-    assert (block.name, block.rate, block.relu, left) == ('block', 0.3, False, {})
+    assert (block.name, block.rate, block.activation, left) == ('block', 0.3, None, {})
+    assert block.identity == (kind in ('shortcut', 'turned'))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +72,8 @@ def test_blocks_with_a_shortcut_are_found(kind):
         ('silu', 'by a shortcut'),
         ('pooled', 'changes the shape from 4 x 8 x 8 to 4 x 4 x 4'),
         ('two', 'something else than one tensor'),
-        ('relu', 'its input does not come out of one'),
+        ('in place', 'changes its input in place'),
+        ('scaled relu', 'its input does not come out of one'),
     ],
 )
 def test_others_are_left_alone_with_the_reason(kind, reason):
@@ -76,9 +82,11 @@ def test_others_are_left_alone_with_the_reason(kind, reason):
     assert reason in left['block']
 
 
-def test_a_relu_at_the_end_is_seen_where_the_input_has_passed_one():
-    (block,), _ = search(Net('relu', nn.ReLU), (3, 8, 8))
-    assert block.relu
+@pytest.mark.parametrize(('kind', 'activation'), [('relu', ''), ('relu module', 'act'), ('scaled relu', '')])
+def test_a_relu_at_the_end_is_seen(kind, activation):
+    (block,), _ = search(Net(kind, nn.ReLU), (3, 8, 8))
+    assert block.activation == activation
+    assert block.identity == (kind != 'scaled relu')
 
 
 def test_nothing_is_touched():

@@ -1,9 +1,6 @@
 """The model draws once per forward pass, wherever the pass comes in, and checkpointing replays the same decisions."""
 
 import copy
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import timm
@@ -12,7 +9,7 @@ from timm.layers import freeze_batch_norm_2d
 
 from sd_resnet import survival_probs
 
-from .conftest import count_calls, images, make
+from .conftest import count_calls, decide, images, make
 
 MODES = ['batch', 'row', 'subset']
 ENTRIES = {
@@ -56,9 +53,9 @@ def test_features_only_models_skip_alike_with_and_without_checkpointing(name, mo
     last = lambda model, x: model(x)[-1]  # noqa: E731
     wrapped = make(name, **options, num_classes=None)
     plain = make(name, train=True, drop_path_mode=mode, drop_path_rate=0.7, dtype=torch.float64)
-    plain.load_state_dict({k.removeprefix('model.'): v for k, v in wrapped.state_dict().items()}, strict=False)
+    plain.load_state_dict(wrapped.state_dict(), strict=False)
     checkpointed = copy.deepcopy(wrapped)
-    checkpointed.model.set_grad_checkpointing()
+    checkpointed.set_grad_checkpointing()
     x = images(dtype=torch.float64)
     outs, gradients = _gradients(wrapped, last, x, forwards)
     outs_again, gradients_again = _gradients(checkpointed, last, x, forwards)
@@ -67,7 +64,7 @@ def test_features_only_models_skip_alike_with_and_without_checkpointing(name, mo
     assert torch.equal(outs[0], outs_plain[0])
     for key, gradient in gradients.items():
         torch.testing.assert_close(gradient, gradients_again[key], rtol=1e-9, atol=1e-12, msg=key)
-        assert torch.equal(gradient, gradients_plain[key.removeprefix('model.')]), key
+        assert torch.equal(gradient, gradients_plain[key]), key
 
 
 @pytest.mark.parametrize('entry', ENTRIES)
@@ -91,7 +88,7 @@ def test_every_entry_draws_once_and_skips_alike(mode, entry):
 def test_features_do_not_share_memory_where_all_blocks_between_are_dropped():
     """Whoever writes to one of them would change the other."""
     model = make('sd_resnet20_cifar', train=True, features_only=True, num_classes=None)
-    model.model.draw = lambda x: [False] * 9
+    decide(model.network, [False] * 9)
     stem, first, *_ = model(images())
     assert stem.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
     assert torch.equal(stem, first)
@@ -174,7 +171,7 @@ def test_set_drop_path_keeps_the_test_time_function(name):
 
 
 def test_a_pruned_network_keeps_its_probabilities_when_another_setting_changes():
-    model = timm.create_model('sd_resnet18', features_only=True, out_indices=(1, 2, 3)).model
+    model = timm.create_model('sd_resnet18', features_only=True, out_indices=(1, 2, 3)).network
     before = model.survival_probs
     assert before == survival_probs(8)[:6]
     model.set_drop_path(mode='subset', rescale='train')
@@ -237,63 +234,3 @@ def test_the_same_seed_gives_the_same_gradients():
         (b,), grads_b = _gradients(copy.deepcopy(model), ENTRIES['forward'], images_without_rng())
         assert torch.equal(a, b)
         assert all(torch.equal(grads_a[k], grads_b[k]) for k in grads_a)
-
-
-def test_ranks_drop_the_same_blocks_under_ddp(tmp_path):
-    """The slowest rank sets the pace, and SyncBatchNorm would wait for ever, if ranks disagreed."""
-    script = tmp_path / 'ranks.py'
-    script.write_text(
-        textwrap.dedent("""
-        import sys
-        import timm, torch, torch.distributed as dist
-        from torch.nn.parallel import DistributedDataParallel
-        dist.init_process_group('gloo', init_method=f'file://{sys.argv[1]}', rank=int(sys.argv[2]), world_size=2)
-        sync = sys.argv[3] == 'sync'
-        torch.manual_seed(0)
-        model = timm.create_model('sd_resnet20_cifar', drop_path_sync=sync, drop_path_rate=0.8)
-        torch.manual_seed(dist.get_rank() + 1)
-        decisions, draw = [], model.draw
-        model.draw = lambda x: decisions.append(draw(x)) or list(decisions[-1])
-        ddp = DistributedDataParallel(model)
-        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
-        for _ in range(4):
-            optimizer.zero_grad()
-            ddp(torch.randn(4, 3, 16, 16)).square().mean().backward()
-            optimizer.step()
-        both = [None, None]
-        dist.all_gather_object(both, (decisions, [p.detach() for p in model.parameters()]))
-        assert all(torch.equal(a, b) for a, b in zip(both[0][1], both[1][1]))
-        assert (both[0][0] == both[1][0]) == sync, both
-        bn = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        if not sync:
-            try:
-                bn.draw(torch.zeros(2, 3, 16, 16))
-            except RuntimeError as error:
-                assert 'SyncBatchNorm needs decisions that all ranks share' in str(error)
-            else:
-                raise AssertionError('not refused')
-        if sync:  # ranks that are there anew must agree with those that were there before
-            before = model._shared_generator.get()
-            assert model._shared_generator.get() is before
-            dist.destroy_process_group()
-            dist.init_process_group('gloo', init_method=f'file://{sys.argv[1]}2', rank=int(sys.argv[2]), world_size=2)
-            assert model._shared_generator.get() is not before
-        try:
-            bn.layer2(torch.zeros(2, 16, 8, 8))
-        except RuntimeError as error:
-            assert 'SyncBatchNorm' in str(error)
-        else:
-            raise AssertionError('a stage alone was not refused')
-        print('done')
-        """)
-    )
-    for sync in ('sync', 'own'):
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, script, tmp_path / f'store-{sync}', str(rank), sync],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )
-            for rank in range(2)
-        ]  # fmt: skip
-        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-        assert all('done' in output for output in outputs), '\n'.join(outputs)

@@ -7,9 +7,10 @@ import torch
 from timm.layers import convert_splitbn_model
 
 import sd_resnet
+from sd_resnet.draws import Draw, Window
 from sd_resnet.stochastic_depth import StochasticDepth
 
-from .conftest import count_calls, images, make
+from .conftest import count_calls, decide, images, make
 
 NETS = ['sd_resnet18', 'sd_resnet50', 'sd_resnet50d', 'sd_resnet20_cifar']
 
@@ -44,9 +45,9 @@ def _formula(block, x, factor):
 @torch.no_grad()
 def test_evaluation_is_the_papers_equation_5(name, rescale, dtype, bound):
     model = make(name, dtype=dtype, drop_path_schedule=[0.93, 0.41], drop_path_rescale=rescale)
-    probs = sd_resnet.survival_probs(len(list(model.blocks())), schedule=[0.93, 0.41])
-    for (block, x, out), p_l in zip(_inputs_and_outputs(model, images(dtype=dtype)), probs):
-        expected = _formula(block, x, p_l if rescale == 'test' else 1.0)
+    for block, x, out in _inputs_and_outputs(model, images(dtype=dtype)):
+        p_l = block.drop_path.survival_prob.item() if rescale == 'test' else 1.0  # of the precision that it is kept in
+        expected = _formula(block, x, p_l)
         assert (out - expected).abs().max() <= bound * expected.abs().max()
 
 
@@ -68,7 +69,7 @@ def _training_step(model):
     assert True in kept
     assert False in kept
     for (block, x, out), k in zip(seen, kept):
-        yield block.drop_path.survival_prob, block, x, out, k
+        yield block.drop_path.p_l, block, x, out, k
 
 
 @pytest.mark.parametrize('name', NETS)
@@ -84,7 +85,7 @@ def test_batch_mode_runs_exactly_the_active_branches_forward_and_backward(name, 
     model.draw = lambda x: decisions.append(draw(x)) or list(decisions[-1])
     for _ in range(6):
         model(images()).sum().backward()
-    active = [sum(step[index] for step in decisions) for index in range(len(blocks))]
+    active = [sum(step[index].b_l for step in decisions) for index in range(len(blocks))]
     assert 0 < sum(active) < 6 * len(blocks)
     assert [len(calls) for calls in forward] == [n * (2 if checkpointing else 1) for n in active]
     assert [len(calls) for calls in backward] == active
@@ -93,7 +94,7 @@ def test_batch_mode_runs_exactly_the_active_branches_forward_and_backward(name, 
 def test_a_dropped_block_returns_its_input_and_leaves_batchnorm_alone():
     model = make('sd_resnet50', train=True)
     x = images()
-    model.draw = lambda x: [False] * 16
+    decide(model, [False] * 16)
     before = copy.deepcopy(model.state_dict())
     for block, given, out in _inputs_and_outputs(model, x):
         if block.downsample is None:
@@ -117,7 +118,7 @@ def test_a_dropped_block_alone_applies_its_activation_and_spares_its_input():
 @pytest.mark.parametrize('act', ['silu', 'leaky_relu'])
 def test_other_activations_are_applied_to_a_dropped_blocks_shortcut(act):
     model = make('sd_resnet18', train=True, act_layer=act)
-    model.draw = lambda x: [False] * 8
+    decide(model, [False] * 8)
     function = getattr(torch.nn.functional, act)
     slope = {} if act == 'silu' else {'negative_slope': model.act1.negative_slope}
     with torch.no_grad():
@@ -131,12 +132,12 @@ def test_dropped_parameters_get_zero_gradients_and_sgd_moves_them_as_by_hand():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
     block = model.layer2[1]
     weight = block.conv2.weight
-    model.draw = lambda x: [True] * 9
+    decide(model, [True] * 9)
     model(images()).sum().backward()
     optimizer.step()
     momentum, value = optimizer.state[weight]['momentum_buffer'].clone(), weight.detach().clone()
 
-    model.draw = lambda x: [True] * 4 + [False] + [True] * 4
+    decide(model, [True] * 4 + [False] + [True] * 4)
     optimizer.zero_grad()
     model(images()).sum().backward()
     for name, parameter in model.named_parameters():
@@ -161,41 +162,60 @@ def test_every_parameter_gets_a_gradient_in_every_step(mode):
         assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize('batch', [2, 5, 8])
-def test_subset_mode_runs_exactly_round_p_batch_rows(batch):
+@pytest.mark.parametrize('batch', [1, 2, 5, 8])
+def test_subset_mode_runs_the_rows_that_survive_and_no_others(batch):
     model = make('sd_resnet18', train=True, drop_path_mode='subset', drop_path_rate=0.8)
     forward, backward = count_calls(list(model.blocks()))
-    for _ in range(3):
+    drawn = []
+    draw = model.draw
+    model.draw = lambda x: drawn.append(draw(x)) or list(drawn[-1])
+    for _ in range(6):
         model(images(batch, 64)).sum().backward()
-    for p_l, rows in zip(model.survival_probs, forward):
-        assert rows == [max(1, round(p_l * batch))] * 3
-    assert forward == backward
+    windows = [[step[index].b_l.rows for step in drawn] for index in range(8)]
+    assert [[rows for rows in each if rows] for each in windows] == forward == backward
+    for p_l, rows in zip(model.survival_probs, windows):
+        assert set(rows) <= {int(p_l * batch), int(p_l * batch) + 1}
+    assert batch > 2 or any(0 in each for each in windows)
+
+
+def test_a_block_of_which_no_row_survives_gives_its_shortcut_and_zero_gradients():
+    model = make('sd_resnet18', train=True, drop_path_mode='subset')
+    model.draw = lambda x: [Draw(0.5, Window(1, 0, 0))] * 8
+    model(images()).sum().backward()
+    for block, given, out in _inputs_and_outputs(model, images()):
+        shortcut = given if block.downsample is None else block.downsample(given)
+        assert torch.equal(out, shortcut.relu())
+        assert not block.conv1.weight.grad.any()
 
 
 @pytest.mark.parametrize('rescale', ['test', 'train'])
+@pytest.mark.parametrize('index', [0, 1])
 @torch.no_grad()
-def test_subset_mode_adds_the_branch_of_the_window_to_its_rows_alone(rescale):
+def test_subset_mode_adds_the_branch_of_the_window_to_its_rows_alone(rescale, index):
     model = make('sd_resnet18', train=True, drop_path_mode='subset', drop_path_rescale=rescale, dtype=torch.float64)
-    block = model.layer2[0]
+    block = model.layer2[index]
     x = torch.rand(5, block.conv1.in_channels, 8, 8, dtype=torch.float64)
-    block.drop_path.configure(0.6, 'subset', rescale)
+    block.drop_path.configure(0.6, 'subset')
     for start in range(5):
         window = [(start + i) % 5 for i in range(3)]
         reference = copy.deepcopy(block)
-        shortcut = reference.downsample(x)
+        shortcut = reference.shortcut(x).clone()
         branch = reference.bn2(reference.conv2(reference.bn1(reference.conv1(x[window])).relu()))
-        shortcut[window] += branch * (5 / 3 if rescale == 'train' else 1)
-        torch.testing.assert_close(copy.deepcopy(block)(x, start), shortcut.relu(), rtol=1e-12, atol=1e-12)
+        shortcut[window] += branch * (1 / 0.6 if rescale == 'train' else 1)
+        for after_relu in (False, True):
+            out = copy.deepcopy(block)(x, Draw(0.6, Window(start, 3, 3)), after_relu)
+            torch.testing.assert_close(out, shortcut.relu(), rtol=1e-12, atol=1e-12)
 
 
-def test_subset_mode_runs_the_whole_batch_where_batchnorm_would_see_one_value():
-    model = make('sd_resnet18', train=True, drop_path_mode='subset', drop_path_rate=0.9)
-    forward, _ = count_calls(list(model.blocks()))
-    model(images(4, 32))  # the last stage is one pixel: its blocks have p_l < 0.375, one row of four
-    assert forward[-1] == [4]
-    assert forward[-3] == [1]
-    model(images(1, 64))
-    assert forward[0] == [4, 1]
+def test_subset_mode_runs_the_whole_batch_with_a_mask_where_batchnorm_would_see_one_value():
+    model = make('sd_resnet18', train=True, drop_path_mode='subset', drop_path_rate=0.9, dtype=torch.float64)
+    block = model.layer4[1]
+    forward, _ = count_calls([block])
+    x = torch.rand(4, block.conv1.in_channels, 1, 1, dtype=torch.float64)
+    out = block(x, Draw(0.2, Window(2, 1, 1)))
+    assert forward == [[4]]
+    changed = [not torch.equal(a, b) for a, b in zip(out, x.relu())]
+    assert changed == [False, False, True, False]
 
 
 @pytest.mark.parametrize('rescale', ['test', 'train'])
@@ -206,13 +226,15 @@ def test_row_mode_drops_whole_samples(rescale):
     x = torch.rand(6, block.conv1.in_channels, 4, 4, dtype=torch.float64)
     mask = torch.tensor([1.0, 0, 1, 1, 0, 0], dtype=torch.float64).view(6, 1, 1, 1)
     branch = copy.deepcopy(block).branch(x)
-    factor = 1 / block.drop_path.survival_prob if rescale == 'train' else 1
-    torch.testing.assert_close(block(x, mask), (x + branch * mask * factor).relu(), rtol=1e-12, atol=1e-12)
+    p_l = block.drop_path.p_l
+    factor = 1 / p_l if rescale == 'train' else 1
+    expected = (x + branch * mask * factor).relu()
+    torch.testing.assert_close(block(x, Draw(p_l, mask)), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_frozen_parameters_and_no_grad_training_are_left_in_peace():
     model = make('sd_resnet18', train=True)
-    model.draw = lambda x: [False] * 8
+    decide(model, [False] * 8)
     model.layer1.requires_grad_(False)
     model(images()).sum().backward()
     assert all(p.grad is None for p in model.layer1.parameters())
@@ -230,8 +252,8 @@ def test_split_batchnorm_trains_in_batch_mode_and_is_refused_in_subset_mode():
 
 def test_test_rescaling_after_an_attention_layer_is_refused_and_train_rescaling_works():
     with pytest.raises(ValueError, match="drop_path_rescale='test' cannot be combined with an attention layer"):
-        make('sd_resnet18', block_args={'attn_layer': 'se'})
-    for kwargs in ({'drop_path_rescale': 'train'}, {'drop_path_rate': 0}):
+        make('sd_resnet18', block_args={'attn_layer': 'se'}, drop_path_rescale='test')
+    for kwargs in ({}, {'drop_path_rate': 0, 'drop_path_rescale': 'test'}):
         model = make('sd_resnet18', train=True, block_args={'attn_layer': 'se'}, **kwargs)
         model(images()).sum().backward()
 
@@ -240,7 +262,7 @@ def test_test_rescaling_without_affine_weights_is_refused():
     norm = lambda channels, **kwargs: torch.nn.BatchNorm2d(channels, affine=False, **kwargs)  # noqa: E731
     with pytest.raises(ValueError, match='needs a last norm layer with weight and bias'):
         sd_resnet.resnet_imagenet.StochasticResNet(
-            sd_resnet.resnet_blocks.StochasticBasicBlock, (1, 1, 1, 1), norm_layer=norm
+            sd_resnet.resnet_blocks.StochasticBasicBlock, (1, 1, 1, 1), norm_layer=norm, drop_path_rescale='test'
         )
 
 

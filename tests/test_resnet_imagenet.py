@@ -57,12 +57,11 @@ def test_at_rate_zero_a_training_step_runs_timms_operators(name):
 
 @pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
 @torch.no_grad()
-def test_scaling_by_p_l_costs_nothing_at_test_time(name):
-    """It is a factor of the addition that is there anyway: torch.add's alpha."""
+def test_evaluation_runs_timms_operators(name):
     ours = _operators(make(f'sd_{name}'), lambda model, x: model(x))
     timms = _operators(make(name), lambda model, x: model(x))
     assert len(ours) > 50
-    assert [{'aten::add_': 'aten::add'}.get(each, each) for each in timms] == ours
+    assert timms == ours
 
 
 @pytest.mark.parametrize('name', TAGGED)
@@ -104,7 +103,6 @@ def _run(code, *args, **environment):
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
     )
 
 

@@ -19,12 +19,14 @@ from torch import nn
 
 from sd_resnet import cli, datasets, study, study_cell
 from sd_resnet.evaluation import evaluate
+from sd_resnet.paper_rescaling import evaluation_factor
 from sd_resnet.schedules import survival_probs
+from sd_resnet.stochastic_depth import StochasticDepth
 from sd_resnet.study_plots import plot_study
 from sd_resnet.study_records import Records
 from sd_resnet.study_report import CLAIMS, write_report
 
-from .conftest import images, make, one_line
+from .conftest import decide, images, make, one_line
 
 ROOT = Path(__file__).parent.parent
 REPO = os.environ.get('TIMM_REPO')
@@ -226,7 +228,7 @@ def test_what_the_recorder_sees(monkeypatch):
         losses, gradients, counts = [], [], []
         for probability in (1.0, 1e-9):
             for block in model.blocks():
-                block.drop_path.configure(probability, 'batch', 'test')
+                block.drop_path.configure(probability, 'batch')
             optimizer.zero_grad()
             loss = nn.CrossEntropyLoss()(model(images(8)), torch.arange(8))
             loss.backward()
@@ -260,18 +262,18 @@ def test_subset_mode_is_counted_by_rows():
 
 def test_sub_networks_and_removed_blocks(fashion):
     """A factor of one for every block is the network itself; dropping in training runs the same sub-network."""
-    model = make('sd_resnet20_cifar', in_chans=1, drop_path_rate=0.5)
+    model = make('sd_resnet20_cifar', in_chans=1, drop_path_rate=0.5, drop_path_rescale='test')
     cfg = {'input_size': (1, 28, 28), 'mean': (0.286,), 'std': (0.353,)}
     model.pretrained_cfg = {**model.pretrained_cfg, **cfg}
     x = images(8)[:, :1]
-    tested = [block.drop_path.test_scale for block in model.blocks()]
+    tested = [evaluation_factor(block) for block in model.blocks()]
     with torch.no_grad():
-        assert torch.equal(study_cell._logits(model, x, tested), model(x))
+        torch.testing.assert_close(study_cell._logits(model, x, tested), model(x))
         kept = [True, False, True, False, False, True, False, True, True]
         found = study_cell._logits(model, x, [float(b) for b in kept])
         for module in model.modules():  # training decisions, BatchNorm as in evaluation
-            module.training = isinstance(module, (type(model), type(model.layer1), type(model.layer1[0])))
-        model.draw = lambda x: list(kept)
+            module.training = isinstance(module, StochasticDepth)
+        decide(model, kept)
         assert torch.allclose(found, model(x), rtol=1e-5, atol=1e-5)
     del model.draw
     model.eval()
