@@ -7,6 +7,7 @@ which this package's are added. What timm leaves out for a model is left out for
 import os
 from fnmatch import fnmatch
 
+import pytest
 import timm
 
 import sd_resnet  # noqa: F401
@@ -31,3 +32,9 @@ def list_models(filter='', module='', include_tags=False, exclude_filters='', **
 
 
 timm.list_models = list_models
+
+
+def pytest_collection_modifyitems(items):
+    """timm's own time-outs, of some minutes, are those of a quiet machine; these only end a hang."""
+    for item in items:
+        item.add_marker(pytest.mark.timeout(1800), append=False)

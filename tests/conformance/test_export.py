@@ -7,6 +7,8 @@ import timm
 import torch
 from timm.models import create_feature_extractor
 
+from sd_resnet.paper_rescaling import set_block
+
 from ..conftest import images, make
 
 NETS = ['sd_resnet18', 'sd_resnet50', 'sd_resnet20_cifar']
@@ -61,12 +63,11 @@ def test_scripted_training_drops_by_gates(mode, rescale):
     x = torch.rand(8, 3, 32, 32, dtype=torch.float64)
     block = getattr(scripted.layer1, '1')
     p_l = model.survival_probs[1]
-    rows = max(1, round(p_l * 8))
     h = torch.rand(8, 16, 8, 8, dtype=torch.float64)
     whole = copy.deepcopy(model.layer1[1])
-    whole.configure(1.0, mode, rescale, keep_function=False)
+    set_block(whole, 1.0, mode, rescale, keep_function=False)
     whole.act2 = torch.nn.Identity()
-    share = 1 if rescale == 'test' else rows / 8 if mode == 'subset' else p_l
+    share = 1 if rescale == 'test' else p_l
     survived = (h + (whole(h) - h) / share).relu()
     survivors = []
     for _ in range(40):
@@ -80,7 +81,7 @@ def test_scripted_training_drops_by_gates(mode, rescale):
     if mode == 'batch':
         assert set(survivors) == {0, 8}
     elif mode == 'subset':
-        assert set(survivors) == {rows}
+        assert set(survivors) == {int(p_l * 8), int(p_l * 8) + 1}
     else:
         assert len(set(survivors)) > 2
     scripted(x).sum().backward()

@@ -7,11 +7,10 @@ import csv
 import json
 import math
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,11 @@ import torch
 
 from sd_resnet import cli
 
+from .launch import train_script
+from .pair import Failed
+
 REPO = os.environ.get('TIMM_REPO')
-pytestmark = [
-    pytest.mark.skipif(not REPO, reason="TIMM_REPO does not name a clone of timm's repository"),
-    pytest.mark.timeout(600),
-]
+pytestmark = pytest.mark.skipif(not REPO, reason="TIMM_REPO does not name a clone of timm's repository")
 MODEL = 'sd_resnet20_cifar'
 CONVERTED = {
     'sd_vit_tiny_patch16_224': 'img_size=32 embed_dim=32 depth=3 num_heads=2',
@@ -69,23 +68,20 @@ def digits(tmp_path_factory):
     return folder
 
 
-def _start(script, *args, env=None, launcher=(), **options):
-    environment = {**os.environ, 'OMP_NUM_THREADS': '2', 'HF_HUB_OFFLINE': '1', **(env or {})}
-    return subprocess.Popen(
-        list(map(str, (sys.executable, *launcher, Path(REPO) / script, *args))),
-        env=environment,
-        stdout=subprocess.PIPE,
+def _call(script, *args, env=None, launcher=()):
+    """Arguments for `subprocess`."""
+    return dict(
+        args=list(map(str, (sys.executable, *launcher, Path(REPO) / script, *args))),
+        env={**os.environ, 'OMP_NUM_THREADS': '2', 'HF_HUB_OFFLINE': '1', **(env or {})},
         stderr=subprocess.STDOUT,
         text=True,
-        **options,
     )
 
 
 def _run(script, *args, **options):
-    process = _start(script, *args, **options)
-    output, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, output[-3000:]
-    return output
+    done = subprocess.run(**_call(script, *args, **options), stdout=subprocess.PIPE)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
 
 
 def _train(digits, folder, *flags, epochs=1, model=MODEL, prefetcher=False):
@@ -169,14 +165,16 @@ def test_fine_tuning_from_an_own_checkpoint_to_other_classes(digits, tmp_path):
 
 def test_resuming_a_killed_run(digits, tmp_path):
     args = ['--data-dir', digits, '--model', MODEL, '--output', tmp_path, '--experiment', 'run', *COMMON]
-    process = _start('train.py', *args, '--no-prefetcher', '--epochs', 200)
-    last, deadline = tmp_path / 'run' / 'last.pth.tar', time.monotonic() + 300
-    while not last.exists():
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    last, log = tmp_path / 'run' / 'last.pth.tar', tmp_path.with_suffix('.log')
+    with log.open('w') as file:
+        running = subprocess.Popen(**_call('train.py', *args, '--no-prefetcher', '--epochs', 200), stdout=file)
+    try:
+        while not last.exists():
+            assert running.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.2)
+    finally:
+        running.kill()
+        running.wait()
     (name,) = [path.name for path in tmp_path.iterdir()]
     checkpoint = tmp_path / name / 'last.pth.tar'
     with torch.serialization.safe_globals([__import__('argparse').Namespace]):
@@ -345,35 +343,6 @@ RANK_RUNS = {
 }
 
 
-def _free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
-
-def _start_ranks(folder, runs):
-    """Two ranks of timm's train.py, each through the runs (name: (model, flags, stand_in)); their results' files."""
-    folder.mkdir(exist_ok=True)
-    (folder / 'runs.json').write_text(
-        json.dumps([{'argv': list(map(str, a)), 'port': _free_port(), 'stand_in': b} for a, b in runs])
-    )
-    outs = [folder / f'{rank}.json' for rank in range(2)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, Path(__file__).with_name('launch.py'), Path(REPO) / 'train.py', folder / 'runs.json', out],
-            env={
-                **os.environ,
-                **{'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1'},
-                **{'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'},
-            },
-            stdout=(folder / f'{rank}.log').open('w'),
-            stderr=subprocess.STDOUT,
-        )
-        for rank, out in enumerate(outs)
-    ]
-    return ranks, outs
-
-
 def _rank_args(digits, folder, model, flags, epochs=1):
     return [
         *('--data-dir', digits, '--model', model, '--output', folder, '--experiment', 'run', '--epochs', epochs),
@@ -381,61 +350,33 @@ def _rank_args(digits, folder, model, flags, epochs=1):
     ]
 
 
-@pytest.fixture(scope='session')
-def rank_results(digits, tmp_path_factory):
-    """Every run's two results, by name; all runs in one pair of processes, one after another."""
-    folder = tmp_path_factory.mktemp('ranks')
-    runs = [
-        (_rank_args(digits, folder / f'run{index}', model, flags), stand_in)
-        for index, (model, flags, stand_in) in enumerate(RANK_RUNS.values())
-    ]
-    ranks, outs = _start_ranks(folder / 'ranks', runs)
-    try:
-        codes = [rank.wait(timeout=1500) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    logs = [(folder / 'ranks' / f'{rank}.log').read_text() for rank in range(2)]
-    assert codes == [0, 0], logs[0][-3000:] + logs[1][-3000:]
-    assert not any('recompile_limit' in log for log in logs)
-    return dict(zip(RANK_RUNS, zip(*(json.loads(out.read_text()) for out in outs))))
-
-
-@pytest.mark.timeout(1600)
 @pytest.mark.parametrize('run', RANK_RUNS)
-def test_two_ranks_of_timms_train_script_stay_equal(rank_results, run):
-    first, second = rank_results[run]
+def test_two_ranks_of_timms_train_script_stay_equal(two_ranks, digits, tmp_path, run):
+    model, flags, stand_in = RANK_RUNS[run]
+    args = _rank_args(digits, tmp_path, model, flags)
+    first, second = two_ranks.run(train_script, Path(REPO) / 'train.py', args, stand_in)
+    assert 'recompile_limit' not in two_ranks.said()
     assert first['parameters'] == second['parameters']
     assert first.get('ema') == second.get('ema')
     assert ('ema' in first) == ('EMA' in run)
     if 'row' not in run and 'subset' not in run:
-        assert len(first['decisions']) >= 4
-        assert (first['decisions'] == second['decisions']) == ('unsynchronised' not in run)
+        runs = Counter(first['ran'])
+        assert min(runs.values()) < max(runs.values())
+        assert (first['ran'] == second['ran']) == ('unsynchronised' not in run)
 
 
-def test_a_rank_that_dies_ends_the_other_which_resumes(digits, tmp_path):
-    ranks, _ = _start_ranks(tmp_path / 'a', [(_rank_args(digits, tmp_path / 'out', MODEL, '', epochs=300), False)])
-    last = tmp_path / 'out' / 'run' / 'last.pth.tar'
-    try:
-        deadline = time.monotonic() + 200
-        while not last.exists():
-            assert all(rank.poll() is None for rank in ranks), (tmp_path / 'a' / '0.log').read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        ranks[1].send_signal(signal.SIGKILL)
-        assert ranks[0].wait(timeout=300) != 0  # gloo sees the closed connection long before its timeout
-    finally:
-        for rank in ranks:
-            rank.kill()
-    log = (tmp_path / 'a' / '0.log').read_text()
-    assert 'Error' in log, log[-3000:]
+def test_a_rank_that_dies_ends_the_other_and_both_resume(two_ranks, digits, tmp_path, monkeypatch):
+    script, last = Path(REPO) / 'train.py', tmp_path / 'out' / 'run' / 'last.pth.tar'
+    monkeypatch.setattr(two_ranks, 'grace', two_ranks.limit)
+    args = _rank_args(digits, tmp_path / 'out', MODEL, '', epochs=300)
+    with pytest.raises(Failed) as failure:
+        two_ranks.run(train_script, script, args, dies_after=last)
+    assert 'rank 1: died with exit code -9' in str(failure.value)
+    assert 'rank 0: Traceback' in str(failure.value)  # gloo sees the closed connection long before its time-out
     with torch.serialization.safe_globals([__import__('argparse').Namespace]):
         reached = torch.load(last, weights_only=True)['epoch']
-    flags = f'--resume {last}'
-    args = _rank_args(digits, tmp_path / 'again', MODEL, flags, epochs=reached + 2)
-    ranks, outs = _start_ranks(tmp_path / 'b', [(args, False)])
-    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0], (tmp_path / 'b' / '0.log').read_text()[-3000:]
-    first, second = (json.loads(out.read_text())[0] for out in outs)
+    args = _rank_args(digits, tmp_path / 'again', MODEL, f'--resume {last}', epochs=reached + 2)
+    first, second = two_ranks.run(train_script, script, args)
     assert first == second
-    assert first['decisions']
+    assert first['ran']
     assert _trained(tmp_path / 'again' / 'run', 1)['epoch'] == reached + 1
