@@ -48,6 +48,8 @@ def _transformers(name, **options):
     transformers = pytest.importorskip('transformers')
     if not transformers.utils.is_torch_available():
         pytest.skip('this transformers takes no torch as old as the one installed')
+    if int(transformers.__version__.split('.')[0]) < 5 and name in ('Dinov2', 'Beit'):
+        pytest.skip('blocks of an early transformers return tuples, and a network with no other is refused')
     config = getattr(transformers, f'{name}Config')(**options)
     return getattr(transformers, f'{name}Model')(config)
 
