@@ -277,7 +277,7 @@ def _originals(chain: Any, originals: list[Tensor], factor: float) -> list[Tenso
     for candidate in candidates:
         try:
             tensors = candidate()
-        except (AttributeError, NotImplementedError):
+        except (AttributeError, NotImplementedError):  # torch's word for a parametrisation without `right_inverse`
             continue
         if torch.allclose(value(tensors), wanted):
             return tensors
