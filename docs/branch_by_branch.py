@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import sd_resnet
-from sd_resnet.bench_report import environment
+from sd_resnet.bench.report import environment
 
 
 class Half(nn.Module):

@@ -19,11 +19,11 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from sd_resnet.bench_report import environment
-from sd_resnet.costs import network_cost
-from sd_resnet.study import Scale
-from sd_resnet.study_claims import IMAGE_SIZE
-from sd_resnet.study_records import CONSTANT, Records, cpu_seconds
+from sd_resnet.analysis.costs import network_cost
+from sd_resnet.bench.report import environment
+from sd_resnet.study.cells import Scale
+from sd_resnet.study.claims import IMAGE_SIZE
+from sd_resnet.study.records import CONSTANT, Records, cpu_seconds
 
 NEVER = 1e-9  # a survival probability of 0 is refused
 

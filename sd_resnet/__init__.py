@@ -1,12 +1,13 @@
 """timm ResNets trained with stochastic depth that skip the work they drop. Importing registers the models with timm."""
 
-from . import converted_models, resnet_cifar, resnet_imagenet  # noqa: F401 - registers the models
-from .checkpoints import to_resnet
-from .convert import convert, unconvert
-from .converted_models import register
-from .schedules import expected_depth, survival_probs
-from .stochastic_depth import StochasticDepth
-from .subnetworks import subnetwork
+from .analysis.subnetworks import subnetwork
+from .converted import converted_models  # noqa: F401 - registers
+from .converted.convert import convert, unconvert
+from .converted.converted_models import register
+from .core.drop_path import StochasticDepth
+from .core.schedules import expected_depth, survival_probs
+from .resnets import resnet_cifar, resnet_imagenet  # noqa: F401 - registers
+from .resnets.checkpoints import to_resnet
 
 __version__ = '0.2.0'
 

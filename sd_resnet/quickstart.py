@@ -11,7 +11,7 @@ import argparse
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ from timm.utils import AverageMeter, CheckpointSaver, ModelEmaV3, accuracy, rand
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .card import OWNER
-from .checkpoints import read_checkpoint
-from .hub import write_repository
-from .plots import figure_class, plot_quickstart
-from .records import read_run
+from .analysis.runs import read_run
+from .figures import KEPT, OTHER, PROBABILITY, figure_class, new_figure, save_figure
+from .hub.card import OWNER
+from .hub.pictures import draw_training
+from .hub.repository import write_repository
+from .resnets.checkpoints import read_checkpoint
 
 ARCHITECTURE = 'sd_resnet20_cifar'
 REPO_ID = f'{OWNER}/{ARCHITECTURE}.digits'
@@ -352,3 +353,35 @@ def _write_record(args: argparse.Namespace, folder: Path) -> None:
 
 def _percent(logits: Tensor, labels: Tensor) -> float:
     return accuracy(logits, labels)[0].item()
+
+
+def plot_quickstart(results: Sequence[Result], path: Path) -> None:
+    """Draw losses and accuracy per epoch, and how often each block survived beside its survival probability."""
+    figure, ((losses, accuracies, survival),) = new_figure(3)
+    for result, color in zip(results, (KEPT, OTHER)):
+        draw_training(losses, accuracies, result.history, color, result.title, result is results[0])
+    best = max(epoch['eval_top1'] for result in results for epoch in result.history)
+    accuracies.set_ylim(min(90.0, best - 5), 100.2)
+    final = results[0].history[-1]['eval_top1']
+    accuracies.annotate(
+        f'{final:.2f} %', (len(results[0].history), final), (0, -28), textcoords='offset points', ha='right', fontsize=9
+    )
+    losses.set_ylim(top=losses.get_ylim()[1] * (5 if losses.get_yscale() == 'log' else 1.3))  # room for the legend
+    losses.legend(fontsize=8, frameon=False, loc='upper right')
+    accuracies.legend(fontsize=8, frameon=False, loc='center right')
+
+    result = results[0]
+    steps = sum(epoch['steps'] for epoch in result.history)
+    observed = [sum(runs) / steps for runs in zip(*(epoch['executions'] for epoch in result.history))]
+    blocks = range(1, len(observed) + 1)
+    survival.bar(blocks, observed, 0.75, color=KEPT, alpha=0.85, label=f'observed in {steps:,} steps')
+    survival.plot(blocks, result.survival_probs, 'o-', color=PROBABILITY, markersize=5, label='survival probability')
+    survival.set_ylim(0, 1.3)
+    survival.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    survival.set_xticks(list(blocks))
+    survival.set_xlabel('block l')
+    survival.set_ylabel('share of steps in which the branch ran')
+    survival.legend(fontsize=8, frameon=False, loc='upper center')
+    for axis, title in zip((losses, accuracies, survival), ('Loss', 'Accuracy', 'Survival of the blocks')):
+        axis.set_title(title, fontsize=11)
+    save_figure(figure, path)

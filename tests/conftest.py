@@ -20,8 +20,8 @@ from packaging.version import Version
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 import sd_resnet  # noqa: F401
-from sd_resnet import datasets
-from sd_resnet.draws import Draw
+from sd_resnet.analysis import datasets
+from sd_resnet.core.draws import Draw
 
 from .loopback import PATIENCE, Hub
 

@@ -14,7 +14,8 @@ import torch
 pytest.importorskip('sklearn', reason='the quickstart needs scikit-learn')
 pytest.importorskip('matplotlib', reason='the quickstart draws with matplotlib')
 
-from sd_resnet import cli, quickstart
+from sd_resnet import quickstart
+from sd_resnet.cli import main as cli
 
 from .conftest import fresh_python
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 def main(out, script, *arguments):
     sys.path.insert(0, str(Path(script).parent))  # a script's own folder comes first: the clone's timm
-    from sd_resnet.ramp import DropPathRamp
+    from sd_resnet.core.ramp import DropPathRamp
 
     seen, advance = [], DropPathRamp.advance
 

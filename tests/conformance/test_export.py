@@ -7,7 +7,7 @@ import timm
 import torch
 from timm.models import create_feature_extractor
 
-from sd_resnet.paper_rescaling import set_block
+from sd_resnet.resnets.paper_rescaling import set_block
 
 from ..conftest import images, make
 

@@ -17,7 +17,7 @@ import pytest
 import timm
 import torch
 
-from sd_resnet import cli
+from sd_resnet.cli import main as cli
 
 from .launch import train_script
 from .pair import Failed

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import sd_resnet
-from sd_resnet.costs import model_cost
+from sd_resnet.analysis.costs import model_cost
 
 from ..conftest import NARROW, images, make
 from .observed import MODES, NETWORKS, RATE, Case, Residual, Tiny, check_step, own

@@ -1,0 +1,4 @@
+"""The command `sd-resnet`: parsing only.
+
+Imports whatever it runs; nothing imports it.
+"""

@@ -1,0 +1,140 @@
+"""A drop-path rate that changes during training: a warm-up, early only, or late only.
+
+Early and late drop path are those of Liu et al., "Dropout Reduces Underfitting" (https://arxiv.org/abs/2303.01500).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from .drop_path import StochasticDepth, derived
+from .private_api import is_replica
+
+KINDS = ('warmup', 'early', 'late')
+
+
+class DropPathRamp(nn.Module):
+    """Multiplies every block's rate, 1 - p_l, by a factor that depends on the number of training steps so far.
+
+    A step is one forward pass of the network in training mode, with gradients; of a converted one, of its first block
+    that trains.
+    The state dict holds their number as one scalar, `step`, which is how it survives timm's `--resume`. The number
+    `steps_done` alone decides, so that no step waits for a device; the scalar is written at every step and read when a
+    state dict is loaded. Who starts anew from such weights drops the key, or sets `steps_done` to 0.
+
+    Args:
+        kind: `'warmup'`, from 0 up to the whole rate in equal steps; `'early'`, on, then off; `'late'`, off, then on.
+        steps: When the warm-up ends, or when drop path is switched off or on.
+        device: Device of the travelling scalar.
+
+    Raises:
+        ValueError: `kind` or `steps` is not allowed.
+    """
+
+    __jit_unused_properties__ = ('factor',)
+
+    def __init__(self, kind: str, steps: int, device: Any = None) -> None:
+        super().__init__()
+        if kind not in KINDS or isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(_message((kind, steps)))
+        self.kind = kind
+        self.steps = steps
+        self.steps_done = 0
+        self.step: Any
+        self.register_buffer('step', torch.zeros((), dtype=torch.int64, device=device))
+        self._drop_paths: list[StochasticDepth] = []
+        self._rates: list[float] = []
+        self._factor = 1.0  # in force
+
+    @derived
+    def factor(self) -> Any:
+        """What the rates are multiplied by in the next training step."""
+        if self.kind == 'warmup':
+            return min(1.0, self.steps_done / self.steps)
+        return float((self.steps_done < self.steps) == (self.kind == 'early'))
+
+    def survival_probs(self) -> tuple[float, ...]:
+        """p_1 .. p_L at factor 1."""
+        return tuple(1 - rate for rate in self._rates)
+
+    def govern(self, drop_paths: Sequence[StochasticDepth]) -> None:
+        """Take charge of the blocks' rates, which are by now those of factor 1."""
+        self.__dict__['_drop_paths'] = list(drop_paths)  # no children: they belong to their blocks
+        self._rates = [drop_path.drop_prob for drop_path in drop_paths]
+        self._factor = 1.0
+        self._set(self.factor)
+
+    @torch.compiler.disable
+    def advance(self) -> None:
+        """Set the rates for the training step that begins, and count it."""
+        if is_replica(self):
+            self.refuse_replica()
+        self._set(self.factor)
+        self.steps_done += 1
+        self.step.fill_(self.steps_done)
+
+    def refuse_replica(self) -> NoReturn:
+        """The network's replicas are thrown away after every step.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(
+            'drop_path_ramp must be None under DataParallel, whose replicas cannot count steps; use '
+            'DistributedDataParallel'
+        )
+
+    def _set(self, factor: float) -> None:
+        if self._factor != factor:
+            self._factor = factor
+            for drop_path, rate in zip(self._drop_paths, self._rates):
+                drop_path.configure(1 - rate * factor, drop_path.mode)
+
+    def extra_repr(self) -> str:
+        return f'kind={self.kind!r}, steps={self.steps}'
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """A state dict of a network without a ramp leaves the count as it is."""
+        stored = state_dict.get(f'{prefix}step')
+        if stored is None:
+            state_dict[f'{prefix}step'] = self.step.detach()
+        elif not stored.is_meta:
+            self.steps_done = int(stored)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._set(self.factor)
+
+
+def as_ramp(value: Any, device: Any = None) -> DropPathRamp | None:
+    """The ramp that `drop_path_ramp=value` asks for: a pair (kind, steps), or None.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(_message(value))
+    kind, steps = value
+    return DropPathRamp(kind, steps, device)
+
+
+def check_scriptable(ramp: DropPathRamp | None, training: bool) -> None:
+    """Raise where TorchScript would freeze the rate of the step that comes next.
+
+    Raises:
+        ValueError: A network with a ramp is scripted to train.
+    """
+    if ramp is not None and training:
+        raise ValueError(
+            f'drop_path_ramp must be None where a network is scripted to train, got {ramp}: TorchScript would freeze '
+            'the rate; train without torch.jit.script'
+        )
+
+
+def _message(value: Any) -> str:
+    kinds = ', '.join(map(repr, KINDS))
+    return f'drop_path_ramp must be None or (kind, steps), a kind of {kinds} and steps of at least 1, got {value!r}'

@@ -1,0 +1,232 @@
+"""Reading checkpoint files, folding survival probabilities into the weights, and export to a plain timm ResNet."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import pickle
+import struct
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.models import clean_state_dict
+from torch import Tensor, nn
+
+from ..core.scripting import become_plain
+from ..errors import one_line
+from .network import StochasticDepthNet
+from .resnet_imagenet import StochasticResNet
+
+NO_PLAIN_CIFAR = (
+    'timm has no architecture for the CIFAR nets: folded, they are the same class at drop_path_rate=0, which needs '
+    'the sd_resnet plugin'
+)
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    Attributes:
+        state_dict: Names and tensors, without the prefixes of DDP and `torch.compile`.
+        architecture: The model's name, if the file states it.
+        model_args: The `--model-kwargs` of timm's `train.py`, and its `--gp`.
+        epoch: The epoch that it was written after, if the file states it; the first is 0.
+        averaged: Are these the averaged weights (EMA) of a file that holds both?
+    """
+
+    state_dict: dict[str, Tensor]
+    architecture: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    epoch: int | None = None
+    averaged: bool = False
+
+
+def read_checkpoint(path: str | Path, use_ema: bool = True) -> Checkpoint:
+    """Read a safetensors file, or what timm's `train.py` or `torch.save` of a state dict wrote.
+
+    Pickles are read with `weights_only=True`, and `argparse.Namespace` as the only further type.
+
+    Args:
+        path: The file.
+        use_ema: Take the averaged weights where there are any.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not a checkpoint, is cut short, or needs types that are not allowed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is not a file; a checkpoint is a .safetensors, .pth, .pt or .tar file')
+    try:
+        if path.suffix == '.safetensors':
+            content: Any = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        allowed = 'only tensors, plain Python values and argparse.Namespace are allowed in a checkpoint'
+        raise ValueError(f'{path} was refused: it is damaged, or needs more than that: {allowed}') from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError, struct.error) as error:
+        reason = str(error).strip().partition('\n')[0]
+        raise ValueError(f'{path} cannot be read, it is damaged or not a checkpoint: {reason}') from error
+
+    args = content.get('args') if isinstance(content, Mapping) else None
+    pool = getattr(args, 'gp', None)
+    if isinstance(content, Mapping):
+        keys = ('state_dict_ema', 'model_ema') if use_ema else ()
+        wrapped = next((k for k in (*keys, 'state_dict', 'model') if isinstance(content.get(k), Mapping)), None)
+        tensors = content if wrapped is None else content[wrapped]
+        if tensors and all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            return Checkpoint(
+                clean_state_dict(dict(tensors)),
+                getattr(args, 'model', None) or (None if wrapped is None else content.get('arch')),
+                {**(getattr(args, 'model_kwargs', None) or {}), **({'global_pool': pool} if pool else {})},
+                None if wrapped is None else content.get('epoch'),
+                wrapped in ('state_dict_ema', 'model_ema'),
+            )
+    raise ValueError(f'{path} holds no state dict')
+
+
+def to_resnet(model: nn.Module) -> nn.Module:
+    """The same network as a plain timm `ResNet`.
+
+    Args:
+        model: A model of this package.
+
+    Returns:
+        A copy that computes the same at test time; for the CIFAR nets, which timm does not have, with a warning, the
+        same class at `drop_path_rate=0`.
+
+    Raises:
+        TypeError: `model` is not a model of this package.
+    """
+    if not isinstance(model, StochasticDepthNet):
+        raise TypeError(
+            f'model must be a model of sd_resnet, got {type(model).__name__}; unwrap DDP (`.module`), EMA (`.module`), '
+            'torch.compile (`._orig_mod`) and features_only (`.network`) first'
+        )
+    if not isinstance(model, StochasticResNet):
+        warnings.warn(NO_PLAIN_CIFAR, stacklevel=2)
+    return fold(model)
+
+
+def fold(model: StochasticDepthNet) -> nn.Module:
+    """`to_resnet` without its warning."""
+    plain: Any = copy.deepcopy(model)
+    plain.drop_path_ramp = None
+    plain.set_drop_path(rate=0)
+    if not isinstance(model, StochasticResNet):
+        return plain
+    become_plain(plain, lambda drop_path: None)
+    if hasattr(plain, '_model_args'):  # what timm's exports say that the network was built with
+        plain._model_args = {k: v for k, v in plain._model_args.items() if not k.startswith('drop_path')}
+    cfg = getattr(plain, 'pretrained_cfg', None)
+    if cfg is not None:
+        plain.pretrained_cfg = plain.default_cfg = {**cfg, 'architecture': cfg['architecture'].removeprefix('sd_')}
+    return plain
+
+
+def export(
+    path: str | Path, out: str | Path, architecture: str | None = None, use_ema: bool = True
+) -> tuple[str, dict[str, Any]]:
+    """Write a checkpoint's weights as a plain timm ResNet's safetensors file, survival probabilities folded in.
+
+    Args:
+        path: What timm's `train.py` wrote (`model_best.pth.tar`, `last.pth.tar`), or safetensors.
+        out: The file to write; it must not exist.
+        architecture: The model's name, where the file does not state it and its tensors do not tell.
+        use_ema: Take the averaged weights where there are any.
+
+    Returns:
+        The name of the architecture that the file is for, and what `timm.create_model` must be given beside it.
+
+    Raises:
+        FileExistsError: `out` exists.
+        ValueError: The file is damaged, or of an architecture that this package does not have.
+        OSError: `out` cannot be written; nothing is left behind then.
+    """
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f'{out} exists; remove it, or choose another name')
+    checkpoint = read_checkpoint(path, use_ema)
+    state_dict = {k: v for k, v in checkpoint.state_dict.items() if '.aux_bn.' not in k}  # training-only, of split-bn
+    recorded = architecture or checkpoint.architecture
+    if recorded is not None and (architecture or ':' not in recorded):  # else it came from the Hub, or a folder
+        names = [_own_name(recorded)]
+    else:  # only ImageNet's nets have a fourth stage
+        names = timm.list_models(module='resnet_imagenet' if 'layer4.0.conv1.weight' in state_dict else 'resnet_cifar')
+    own = {key: value for key, value in checkpoint.model_args.items() if not key.startswith('drop_path')}
+    for name in names:
+        try:
+            with torch.device('meta'):  # at rate 0, where loading folds the survival probabilities in
+                model = build(name, state_dict, {**own, 'drop_path_rate': 0.0})
+            model.load_state_dict(state_dict, assign=True)
+            break
+        except (RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
+            reason = one_line(error)
+    else:
+        if len(names) > 1:
+            raise ValueError(f"{path} fits none of this package's architectures ({', '.join(architectures())})")
+        raise ValueError(f'{path} is not a checkpoint of {names[0]}: {reason}')
+    save_tensors(model.state_dict(), out)
+    if isinstance(model, StochasticResNet):
+        name = name.removeprefix('sd_')
+    else:
+        own['drop_path_rate'] = 0.0
+    usual: Any = timm.get_pretrained_cfg(name)
+    if model.num_classes != usual.num_classes:
+        own['num_classes'] = model.num_classes
+    if model.in_chans != usual.input_size[0]:
+        own['in_chans'] = model.in_chans
+    return name, own
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file whole, or not at all."""
+    part = path.with_name(f'{path.name}.part')
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata={'format': 'pt'})
+        part.replace(path)
+    except SafetensorError as error:  # an OSError in other clothes
+        raise OSError(f'{path} could not be written: {error}') from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def architectures() -> list[str]:
+    """The names of this package's models."""
+    return [name for module in ('resnet_cifar', 'resnet_imagenet') for name in timm.list_models(module=module)]
+
+
+def build(name: str, state_dict: Mapping[str, Tensor], model_args: Mapping[str, Any]) -> Any:
+    """A new network with as many input channels and classes as the state dict has.
+
+    Args:
+        name: One of `architectures()`.
+        state_dict: Of such a network.
+        model_args: Further arguments for `timm.create_model`.
+
+    Raises:
+        ValueError: The state dict is not of such a network.
+    """
+    stem = state_dict.get('conv1.weight', state_dict.get('conv1.0.weight'))
+    if stem is None:
+        raise ValueError('the weights hold no conv1: they are not those of a ResNet')
+    classes = state_dict['fc.weight'].shape[0] if 'fc.weight' in state_dict else 0
+    return timm.create_model(name, **{**model_args, 'in_chans': stem.shape[1], 'num_classes': classes})
+
+
+def _own_name(architecture: str) -> str:
+    name = architecture.split('.')[0]
+    for candidate in (name, f'sd_{name}'):
+        if candidate in architectures():
+            return candidate
+    raise ValueError(f'architecture must be one of {", ".join(architectures())}, got {architecture!r}')
