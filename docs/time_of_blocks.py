@@ -20,10 +20,9 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from sd_resnet.analysis.costs import network_cost
+from sd_resnet.analysis.datasets import SIZE
 from sd_resnet.bench.report import environment
-from sd_resnet.study.cells import Scale
-from sd_resnet.study.claims import IMAGE_SIZE
-from sd_resnet.study.records import CONSTANT, Records, cpu_seconds
+from sd_resnet.study.cells import CONSTANT, Records, Scale
 
 NEVER = 1e-9  # a survival probability of 0 is refused
 
@@ -32,7 +31,7 @@ def step_of(model: nn.Module, batch: int) -> Callable[[], float]:
     """A training step of the study, and the CPU seconds it took."""
     model.to(memory_format=torch.channels_last)
     optimizer = create_optimizer_v2(model, opt='sgd', lr=0.1, momentum=0.9, weight_decay=1e-4)
-    images = torch.randn(batch, 1, IMAGE_SIZE, IMAGE_SIZE).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(batch, 1, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (batch,))
 
     def step() -> float:
@@ -55,7 +54,7 @@ def main() -> None:
     torch.set_num_threads(1)
 
     scale = Scale()
-    costs = network_cost(scale.model, IMAGE_SIZE, 0.5)
+    costs = network_cost(scale.model, SIZE, 0.5)
     stages = [block.name.split('.')[0] for block in costs.blocks]
     names = list(dict.fromkeys(stages))
     without = {'whole': [1.0] * len(stages)}
@@ -75,7 +74,7 @@ def main() -> None:
     mean = {name: statistics.fmean(taken) for name, taken in seconds.items()}
     error = {name: statistics.stdev(taken) / math.sqrt(len(taken)) for name, taken in seconds.items()}
     whole = mean['whole']
-    print(f'{scale.model}, batch {scale.batch}, {IMAGE_SIZE} px, bfloat16, channels_last, {args.steps} steps')
+    print(f'{scale.model}, batch {scale.batch}, {SIZE} px, bfloat16, channels_last, {args.steps} steps')
     print(environment())
     print(f'\n{"never run":<14}{"CPU ms":>8}{"s.e.":>6}{"gain, share of the whole":>28}{"share of FLOPs":>18}')
     for name in steps:
@@ -90,13 +89,14 @@ def main() -> None:
     print(f'\n{"cell of the study":<30}{"FLOPs run":>12}{"time expected":>16}{"time taken":>12}')
     gaps = []
     for name, record in records.found.items():
-        constant = [r for r in records.of(CONSTANT, record['augmented']) if r['seed'] == record['seed']]
-        if record['method'] == CONSTANT or 'drop_path_mode' in ' '.join(record['flags']) or not constant:
+        constant = records.constant(record)
+        if record.cell.method == CONSTANT or 'drop_path_mode' in ' '.join(record.cell.flags) or not constant:
             continue  # row mode computes everything, subset mode copies rows
-        idle = [1 - runs / most for runs, most in zip(record['block_runs'], constant[0]['block_runs'], strict=True)]
+        block_runs = (each.content['block_runs'] for each in (record, constant))
+        idle = [1 - runs / most for runs, most in zip(*block_runs, strict=True)]
         flops = 1 - sum(i * b.branch_flops for i, b in zip(idle, costs.blocks, strict=True)) / costs.flops
         expected = 1 - sum(i * block[stage] for i, stage in zip(idle, stages, strict=True))
-        taken = cpu_seconds(record) / cpu_seconds(constant[0])
+        taken = record.seconds / constant.seconds
         gaps.append(taken - expected)
         print(f'{name:<30}{flops:>12.3f}{expected:>16.3f}{taken:>12.3f}')
     print(f'\ntaken less expected: mean {statistics.fmean(gaps):+.3f}, standard deviation {statistics.stdev(gaps):.3f}')

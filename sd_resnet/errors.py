@@ -1,101 +1,92 @@
-"""What goes wrong between the Hub and a loaded network, in one line: cause and cure."""
+"""What goes wrong in one line, cause and cure: on the command line, and between the Hub and a loaded network."""
 
-from __future__ import annotations
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from urllib.parse import urlsplit
 
-import json
-import re
-import struct
-from pathlib import Path
-from typing import Any
+from huggingface_hub import constants, get_token
+from huggingface_hub import errors as client
 
-from huggingface_hub import constants
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+
+class UsageError(Exception):
+    """Wrong usage that argparse cannot see."""
 
 
 class VerificationError(ValueError):
     """What is wrong, and what to do about it, in one line."""
 
 
+def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Run a command line for its exit status: 0, 2 on wrong usage, else 1 after a one-line reason on standard error.
+
+    The parser sets `run`, which takes the arguments, `command`, its name or '', and `debug`, to show the traceback.
+    """
+    args = parser.parse_args(argv)
+    name = f'{parser.prog} {args.command}'.rstrip()
+    try:
+        args.run(args)
+        return 0
+    except UsageError as error:
+        status, said = 2, f'{name}: error: {error}'
+    except KeyboardInterrupt as error:
+        status, said = 1, f'\n{name}: interrupted; {error}'.rstrip('; ')
+    except Exception as error:
+        if args.debug:
+            raise
+        status, said = 1, f'{name}: {one_line(error, length=None)}'
+    print(said, file=sys.stderr)
+    return status
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """What the Hub's client raises becomes a `VerificationError` about the repository `name`, without the token."""
+    try:
+        yield
+    except VerificationError:
+        raise
+    except Exception as error:
+        reason, token = explain(error, name), get_token()
+        raise VerificationError(reason.replace(token, '***') if token else reason) from error
+
+
 def explain(error: BaseException, name: str) -> str:
-    """One line, cause and cure, for what the Hub's client raised."""
+    """One line, cause and cure, for what the Hub's client raised about `USER/NAME` or `USER/NAME@REVISION`."""
     repo_id, _, revision = name.partition('@')
     hub = constants.ENDPOINT
-    while error.__cause__ is not None and not _is_telling(error):
+    while error.__cause__ and (isinstance(error, client.LocalEntryNotFoundError) or not _is_of_the_network(error)):
         error = error.__cause__  # the client wraps what happened in advice of its own
-    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
-        reason = 'HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else f'{hub} cannot be reached'
-        cure = 'unset it' if constants.HF_HUB_OFFLINE else 'restore the connection'
-        return f'{reason} and {name} is not whole in the cache; {cure} and load it once'
-    if isinstance(error, HFValidationError):
+    if isinstance(error, (client.OfflineModeIsEnabled, client.LocalEntryNotFoundError)):
+        reason = 'HF_HUB_OFFLINE is set (unset it)' if constants.HF_HUB_OFFLINE else f'{hub} cannot be reached'
+        return f'{reason} and {name} is not whole in the cache; load it once while online'
+    if isinstance(error, client.HFValidationError):
         return f'{name} is neither a folder nor the name of a repository; give DIR, USER/NAME or USER/NAME@REVISION'
-    if isinstance(error, GatedRepoError):
-        return f'{repo_id} is gated; accept its conditions on {hub}/{repo_id}, and log in with: hf auth login'
-    if isinstance(error, RepositoryNotFoundError):
-        return f'{hub} has no {repo_id} that your token may read; check the name, or log in with: hf auth login'
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, client.RepositoryNotFoundError):  # or it is gated
+        return f'{hub} has no {repo_id} for your token; check its name and conditions, or log in with: hf auth login'
+    if isinstance(error, client.RevisionNotFoundError):
         return f'{repo_id} has no revision {revision or "main"!r}; see {hub}/{repo_id}/commits'
-    if isinstance(error, EntryNotFoundError):
-        return f'{name} lacks a file ({one_line(error)}); publish it again'
-    response: Any = getattr(error, 'response', None)  # some versions of the client pass on what their own client raised
-    status = getattr(response, 'status_code', None)
-    if isinstance(error, HfHubHTTPError) or status is not None:
-        path = re.sub(r'^https?://[^/]*|\?.*$', '', str(getattr(response, 'url', '')))
-        message = getattr(error, 'server_message', None)
-        said = f': {" ".join(message.split())[:200]}' if message else ''
+    if (response := getattr(error, 'response', None)) is not None:  # also of what the client's own client raised
+        status, path = response.status_code, urlsplit(str(response.url)).path
+        said = f'{path}: {one_line(getattr(error, "server_message", None) or "no reason given")}'
         if status in (401, 403):
-            return f'{hub} refused ({status}) {path}{said}; log in with a token that may do this: hf auth login'
+            return f'{hub} refused ({status}) {said}; log in with a token that may do this: hf auth login'
         if status in (409, 412):
             return f'someone else changed {repo_id} meanwhile ({status}), nothing of yours is in it; push again'
-        cure = 'correct that, or try again' if status and 400 <= status < 500 and status != 429 else 'try again later'
-        return f'{hub} answered {status} to {path}{said}; {cure}'
+        cure = 'correct that, or try again' if 400 <= status < 500 and status != 429 else 'try again later'
+        return f'{hub} answered {status} to {said}; {cure}'
     if _is_of_the_network(error):
         return f'{hub} cannot be reached or broke off ({type(error).__name__}); check the connection, and try again'
     return f'{name}: {one_line(error)}; try again'
 
 
-def _is_telling(error: BaseException) -> bool:
-    # before huggingface_hub 1.0 a file that is not in the cache was an answer of the Hub, too
-    answered = isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError)
-    return answered or _is_of_the_network(error)
-
-
 def _is_of_the_network(error: BaseException) -> bool:
-    clients = ('httpx', 'httpcore', 'requests', 'urllib3')
-    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(clients)
+    """Is it an answer of the Hub, or what kept it from answering?"""
+    known = isinstance(error, (client.HfHubHTTPError, ConnectionError, TimeoutError))
+    return known or type(error).__module__.startswith(('httpx', 'httpcore', 'requests', 'urllib3'))
 
 
-def damage(path: Path) -> str | None:
-    """What a file is that should hold tensors."""
-    size = path.stat().st_size
-    with path.open('rb') as file:
-        start = file.read(64)
-        if not start:
-            return 'is empty'
-        if start.lstrip()[:1] == b'<':
-            return 'holds a web page instead of tensors'
-        if start.startswith(b'version https://git-lfs'):
-            return 'holds a pointer of Git LFS instead of tensors'
-        if size >= 8:
-            (header,) = struct.unpack('<Q', start[:8])
-            file.seek(8)
-            try:
-                offsets = [v['data_offsets'][1] for k, v in json.loads(file.read(header)).items() if k[:2] != '__']
-            except (ValueError, KeyError, TypeError, MemoryError, OverflowError):
-                return None if header <= size else f'is cut short: {size} bytes, and its header alone has {header}'
-            if (whole := 8 + header + max(offsets, default=0)) > size:
-                return f'is cut short: {size} of {whole} bytes'
-    return None
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message, shortened; its type where it has none."""
-    return ' '.join(str(error).split())[:200] or type(error).__name__
+def one_line(message: object, length: int | None = 200) -> str:
+    """An error's message, or any text, shortened; its type where it is empty."""
+    return ' '.join(str(message).split())[:length] or type(message).__name__

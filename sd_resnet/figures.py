@@ -1,7 +1,5 @@
 """Pictures, drawn with matplotlib, which is imported only when something is drawn."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -206,7 +206,7 @@ def fashion(tmp_path, monkeypatch):
 def one_line(capsys):
     """What was said on stderr: one line, and never a traceback."""
     said = capsys.readouterr().err
-    lines = [line for line in said.splitlines() if line.startswith('sd-resnet ')]
+    lines = [line for line in said.splitlines() if line.startswith(('sd-resnet ', 'python -m sd_resnet.'))]
     assert len(lines) == 1, said
     assert 'Traceback' not in said
     return lines[0]

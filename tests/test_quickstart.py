@@ -164,7 +164,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_one_line(tmp_path, monkeypat
     assert cli.main(['quickstart', '--out', str(out), '--epochs', '1']) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert 'No space left on device' in error
-    assert sorted(os.listdir(out / 'run')) == ['checkpoint-0.pth.tar', 'last.pth.tar']
+    assert sorted(os.listdir(out / 'run')) == ['args.yaml', 'checkpoint-0.pth.tar', 'last.pth.tar', 'summary.csv']
     quickstart.read_checkpoint(out / 'run' / 'last.pth.tar')
 
 

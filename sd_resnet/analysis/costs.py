@@ -1,72 +1,55 @@
 """Parameters and floating-point operations of a network's blocks, and what stochastic depth leaves of them."""
 
-from __future__ import annotations
-
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
-from timm.models import get_pretrained_cfg, is_model
+from timm.models import get_pretrained_cfg
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..converted.convert import converted_blocks
-from ..converted.converted_models import register
+from ..converted.convert import own_input_size
 from ..converted.search import copy_without_data
-from ..core.drop_path import StochasticDepth
-from ..core.schedules import Schedule
 from ..errors import one_line
 from ..figures import DROPPED, KEPT, OTHER, PROBABILITY, new_figure, save_figure
-from ..resnets.checkpoints import architectures
-from ..resnets.network import StochasticDepthNet
+from .networks import check_name, network_of
 
 
 @dataclass(frozen=True)
 class BlockCost:
-    """One residual block, for one image and one forward pass; a multiplication and its addition are two FLOPs.
+    """One residual block, for one image and one forward pass; a multiplication and its addition are two FLOPs."""
 
-    Attributes:
-        name: As in the state dict, e.g. `layer1.0`.
-        survival_prob: p_l.
-        parameters: Number of trainable values, shortcut included.
-        branch_flops: What a dropped block saves.
-        shortcut_flops: What is always computed: the projection, if there is one.
-    """
-
-    name: str
-    survival_prob: float
-    parameters: int
-    branch_flops: int
-    shortcut_flops: int
+    name: str  # as in the state dict, e.g. `layer1.0`
+    survival_prob: float  # p_l
+    parameters: int  # number of values, shortcut included
+    branch_flops: int  # what a dropped block saves
+    shortcut_flops: int  # what is always computed: the projection, if there is one
 
 
 @dataclass(frozen=True)
 class NetworkCost:
-    """A network's blocks, and the FLOPs and parameters of its stem and head."""
+    """A network's blocks, and the FLOPs and parameters of the whole, every block active."""
 
     architecture: str
     image_size: int
     blocks: tuple[BlockCost, ...]
-    other_flops: int
-    other_parameters: int
+    flops: int
+    parameters: int
 
     @property
-    def flops(self) -> int:
-        """One forward pass with every block active."""
-        return self.other_flops + sum(b.branch_flops + b.shortcut_flops for b in self.blocks)
-
-    @property
-    def parameters(self) -> int:
-        """Trainable values."""
-        return self.other_parameters + sum(b.parameters for b in self.blocks)
+    def other_flops(self) -> int:
+        """Of the stem and the head."""
+        return self.flops - sum(block.branch_flops + block.shortcut_flops for block in self.blocks)
 
     @property
     def expected_depth(self) -> float:
         """Mean number of active blocks, the sum of p_l."""
-        return sum(b.survival_prob for b in self.blocks)
+        return sum(block.survival_prob for block in self.blocks)
 
     @property
     def expected_share(self) -> float:
@@ -79,39 +62,22 @@ class NetworkCost:
 
 
 def network_cost(
-    architecture: str,
-    image_size: int | None = None,
-    drop_path_rate: float | None = None,
-    schedule: Schedule | None = None,
+    architecture: str, image_size: int | None = None, drop_path_rate: float | None = None, schedule: Any = None
 ) -> NetworkCost:
-    """Count a network's parameters and FLOPs, without computing anything.
+    """Count the parameters and FLOPs of a model of this package, or of timm's under a `sd_` name; None is its own.
 
-    Args:
-        architecture: A model of this package, or any of timm's under a `sd_` name, which is registered if need be.
-        image_size: Height and width in pixels; None is the architecture's own.
-        drop_path_rate: 1 - p_L; None is the model's default.
-        schedule: See `survival_probs`; None is the model's default.
-
-    Raises:
-        ValueError: An argument is outside what is allowed.
+    `image_size` is height and width in pixels, `drop_path_rate` 1 - p_L; see `survival_probs` for `schedule`. A
+    ValueError says which argument is outside what is allowed.
     """
-    name = architecture.split('.')[0]
-    plain = name.removeprefix('sd_')
-    if plain != name and is_model(plain) and not is_model(name):
-        register(plain)
-    names = [*architectures(), *timm.list_models(module='converted_models')]
-    if name not in names:
-        raise ValueError(f'model must be sd_ before a name of timm, or one of {", ".join(names)}, got {architecture!r}')
-    with torch.device('meta'):
-        size = size_args(architecture, image_size)
-        given = {'drop_path_rate': drop_path_rate, 'drop_path_schedule': schedule, **size}
-        try:
-            model: Any = timm.create_model(architecture, **given)
-        except TypeError as error:  # of timm's network: it has no drop path
-            raise ValueError(
-                f'model must be a network with a drop path, got {architecture!r}: {one_line(error)}'
-            ) from error
-    return model_cost(model, image_size or model.default_cfg['input_size'][-1])
+    check_name(architecture)
+    given = {'drop_path_rate': drop_path_rate, 'drop_path_schedule': schedule, **size_args(architecture, image_size)}
+    try:
+        with torch.device('meta'):
+            model = timm.create_model(architecture, **given)
+    except TypeError as error:  # of timm's network: it has no drop path
+        reason = one_line(error)
+        raise ValueError(f'model must be a network with a drop path, got {architecture!r}: {reason}') from error
+    return model_cost(model, image_size)
 
 
 def size_args(architecture: str, image_size: int | None) -> dict[str, Any]:
@@ -120,67 +86,46 @@ def size_args(architecture: str, image_size: int | None) -> dict[str, Any]:
     return {'img_size': image_size} if image_size and cfg and cfg.fixed_input_size else {}
 
 
-def model_cost(model: Any, image_size: int) -> NetworkCost:
-    """The same of a network that is there already.
-
-    Args:
-        model: Of this package; it is not touched.
-        image_size: Height and width in pixels.
-
-    Raises:
-        ValueError: `image_size` is not positive.
-    """
-    if image_size < 1:
+def model_cost(model: Any, image_size: int | None = None) -> NetworkCost:
+    """The same of a network that is there already, of this package or converted; a `None` size is its own."""
+    if image_size is not None and image_size < 1:
         raise ValueError(f'image size must be at least 1 pixel, got {image_size}')
-    shape = (1, model.pretrained_cfg['input_size'][0], image_size, image_size)
-    model = copy_without_data(model).eval()
+    channels, height, width = own_input_size(model)
+    flops = count_flops(model, (channels, image_size or height, image_size or width))
+
+    def cost(name: str, p_l: float) -> BlockCost:
+        shortcut = flops[f'{name}.downsample']
+        return BlockCost(name, p_l, _size(model.get_submodule(name)), flops[name] - shortcut, shortcut)
+
+    blocks = tuple(cost(name, drop_path.p_l) for name, drop_path in network_of(model).drop_paths.items())
+    return NetworkCost(model.pretrained_cfg['architecture'], image_size or width, blocks, flops[''], _size(model))
+
+
+def count_flops(model: nn.Module, input_size: tuple[int, ...]) -> Counter[str]:
+    """FLOPs of one image's forward pass in evaluation, by the modules' names; those of the whole network by ''."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(shape, device='meta'))
-    return _collect(model.pretrained_cfg['architecture'], image_size, model, counter)
+        copy_without_data(model).eval()(torch.empty(1, *input_size, device='meta'))
+    return Counter({name.partition('.')[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()})
 
 
-def drop_paths(model: nn.Module) -> dict[str, StochasticDepth]:
-    """The blocks' `StochasticDepth` modules by the names of the blocks, in order."""
-    if isinstance(model, StochasticDepthNet):
-        names = {module: name for name, module in model.named_modules()}
-        return {names[block]: block.drop_path for block in model.blocks()}
-    return {name: block.block_drop_path for name, block in converted_blocks(model).items()}
-
-
-def _collect(architecture: str, size: int, model: nn.Module, counter: FlopCounterMode) -> NetworkCost:
-    root = type(model).__name__
-    flops = {name.removeprefix(f'{root}.'): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    blocks = []
-    for name, drop_path in drop_paths(model).items():
-        shortcut = flops.get(f'{name}.downsample', 0)
-        parameters = sum(p.numel() for p in model.get_submodule(name).parameters())
-        blocks.append(BlockCost(name, drop_path.p_l, parameters, flops.get(name, 0) - shortcut, shortcut))
-    return NetworkCost(
-        architecture,
-        size,
-        tuple(blocks),
-        counter.get_total_flops() - sum(b.branch_flops + b.shortcut_flops for b in blocks),
-        sum(p.numel() for p in model.parameters()) - sum(b.parameters for b in blocks),
-    )
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def cost_table(cost: NetworkCost) -> str:
     """The table that `sd-resnet info` prints."""
     width = max([12, *(len(block.name) + 1 for block in cost.blocks)])
+    others = cost.parameters - sum(block.parameters for block in cost.blocks)
     lines = [
-        f'{cost.architecture}, {cost.image_size} x {cost.image_size} px, one image, one forward pass',
-        '',
+        f'{cost.architecture}, {cost.image_size} x {cost.image_size} px, one image, one forward pass\n',
         f'{"block":<{width}}{"p_l":>8}{"parameters":>14}{"branch MFLOPs":>16}{"shortcut MFLOPs":>18}',
-    ]
-    for block in cost.blocks:
-        lines.append(
-            f'{block.name:<{width}}{block.survival_prob:>8.4f}{block.parameters:>14,}'
-            f'{block.branch_flops / 1e6:>16,.1f}{block.shortcut_flops / 1e6:>18,.1f}'
-        )
-    lines += [
-        f'{"stem, head":<{width}}{"":>8}{cost.other_parameters:>14,}{"":>16}{cost.other_flops / 1e6:>18,.1f}',
-        f'{"all":<{width}}{"":>8}{cost.parameters:>14,}{cost.flops / 1e6:>34,.1f}',
-        '',
+        *(
+            f'{b.name:<{width}}{b.survival_prob:>8.4f}{b.parameters:>14,}'
+            f'{b.branch_flops / 1e6:>16,.1f}{b.shortcut_flops / 1e6:>18,.1f}'
+            for b in cost.blocks
+        ),
+        f'{"stem, head":<{width}}{others:>22,}{cost.other_flops / 1e6:>34,.1f}',
+        f'{"all":<{width}}{cost.parameters:>22,}{cost.flops / 1e6:>34,.1f}\n',
         f'blocks                    {len(cost.blocks)}',
         f'expected depth            {cost.expected_depth:.2f} blocks',
         f'expected share of FLOPs   {cost.expected_share:.3f}',
@@ -191,38 +136,22 @@ def cost_table(cost: NetworkCost) -> str:
 def plot_costs(cost: NetworkCost, path: Path) -> None:
     """Draw p_l and, per block, the FLOPs that a training step computes on average and those it saves."""
     figure, ((axis,),) = new_figure(1)
-    blocks = range(1, len(cost.blocks) + 1)
-    always = [b.shortcut_flops / 1e6 for b in cost.blocks]
-    kept = [b.survival_prob * b.branch_flops / 1e6 for b in cost.blocks]
-    saved = [(1 - b.survival_prob) * b.branch_flops / 1e6 for b in cost.blocks]
-    axis.bar(blocks, always, 0.8, color=OTHER, label='shortcut, always computed')
-    axis.bar(blocks, kept, 0.8, bottom=always, color=KEPT, label='branch, computed on average')
-    bottom = [a + k for a, k in zip(always, kept)]
-    axis.bar(blocks, saved, 0.8, bottom=bottom, color=DROPPED, label='branch, skipped on average')
-    axis.set_xlabel('block l')
-    axis.set_ylabel('FLOPs per image and forward pass (millions)')
-    top = max(a + k + s for a, k, s in zip(always, kept, saved))
-    axis.set_ylim(0, top * 1.28)
-    axis.set_title(
-        f'{cost.architecture}, {cost.image_size} px: {cost.expected_depth:.2f} of {len(cost.blocks)} blocks and '
-        f'{cost.expected_share:.1%} of the FLOPs remain on average',
-        fontsize=11,
-    )
+    numbers, probs = range(1, len(cost.blocks) + 1), np.array([block.survival_prob for block in cost.blocks])
+    shortcut, branch = np.array([(b.shortcut_flops / 1e6, b.branch_flops / 1e6) for b in cost.blocks]).T
+    kept = shortcut + probs * branch
+    axis.bar(numbers, shortcut, color=OTHER, label='shortcut, always computed')
+    axis.bar(numbers, probs * branch, bottom=shortcut, color=KEPT, label='branch, computed on average')
+    axis.bar(numbers, (1 - probs) * branch, bottom=kept, color=DROPPED, label='branch, skipped on average')
+    highest = (shortcut + branch).max()
+    axis.set(xlabel='block l', ylabel='FLOPs per image and forward pass (millions)', ylim=(0, highest * 1.28))
+    left = f'{cost.expected_depth:.2f} of {len(probs)} blocks and {cost.expected_share:.1%} of the FLOPs'
+    axis.set_title(f'{cost.architecture}, {cost.image_size} px: {left} remain on average', fontsize=11)
     right = axis.twinx()
     right.spines['top'].set_visible(False)
-    marker = 'o' if len(cost.blocks) <= 60 else None
-    right.plot(
-        blocks,
-        [b.survival_prob for b in cost.blocks],
-        color=PROBABILITY,
-        marker=marker,
-        markersize=4,
-        label='survival probability p_l',
-    )
-    right.set_ylim(0, 1.28)
-    right.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    marker = 'o' if len(probs) <= 60 else None
+    right.plot(numbers, probs, color=PROBABILITY, marker=marker, markersize=4, label='survival probability p_l')
+    right.set(ylim=(0, 1.28), yticks=[0, 0.25, 0.5, 0.75, 1])
     right.set_ylabel('survival probability', color=PROBABILITY)
-    handles, labels = axis.get_legend_handles_labels()
-    extra_handles, extra_labels = right.get_legend_handles_labels()
-    right.legend(handles + extra_handles, labels + extra_labels, ncols=2, fontsize=8, loc='upper center', frameon=False)
+    place = dict(loc='upper center', bbox_to_anchor=(0.5, 1), bbox_transform=axis.transAxes)
+    figure.legend(ncols=2, fontsize=8, frameon=False, **place)
     save_figure(figure, path)

@@ -1,26 +1,20 @@
 """Fashion-MNIST as timm's scripts read it (`--dataset torch/fashion_mnist`), with fewer or zero-padded images.
 
 Xiao, Rasul, Vollgraf, "Fashion-MNIST" (https://arxiv.org/abs/1708.07747): 60,000 + 10,000 grey images of 28 pixels, ten
-classes, MIT licence. timm's script has no pad-and-crop augmentation; where the folder holds training images padded to
-36 pixels, its `--train-crop-mode rrc --scale 0.605 0.605 --ratio 1 1` cuts exactly 28 x 28 of them at a random place,
-without resampling: the paper's augmentation.
+classes, MIT licence. Of training images padded to 36 pixels timm's `--train-crop-mode rrc --scale 0.605 0.605 --ratio 1
+1` cuts exactly 28 x 28 at a random place, without resampling: the paper's augmentation.
 """
-
-from __future__ import annotations
 
 import gzip
 import hashlib
-import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from timm.data import create_loader
 from torchvision.datasets import FashionMNIST
 
 from ..errors import one_line
+from ..files import written_whole
 
 NAME = 'torch/fashion_mnist'  # of timm's `--dataset`
 HUB_ID = 'zalando-datasets/fashion_mnist'
@@ -41,27 +35,19 @@ SHA256 = {
 def write_fashion_mnist(folder: Path, pad: int = 0, images: int | None = None, source: Path | None = None) -> Path:
     """Write the four files in torchvision's layout, from the Debian package or else from torchvision's download.
 
-    Args:
-        folder: The root that `--data-dir` names. One that holds the same files already is left as it is.
-        pad: Zero pixels around each training image; test images stay as they are.
-        images: Keep that many training images: of each class the same number, the first ones of the file. None keeps
-            all.
-        source: A root that was written without `pad` and `images`, to read instead.
-
-    Raises:
-        FileExistsError: The folder holds other images.
-        RuntimeError: The download failed.
-        ValueError: A file is not the published one, or an argument is outside what is allowed.
+    `folder` may hold the same files already, but no others. `pad` zero pixels come around each training image, of which
+    `images` are kept, of each class as many, the first ones; `source` is a root without either, to read instead.
     """
     if pad < 0:
         raise ValueError(f'pad must be at least 0, got {pad}')
     if images is not None and not (10 <= images <= 60_000 and images % len(LABELS) == 0):
         raise ValueError(f'images must be a multiple of 10 from 10 to 60000, got {images}')
-    files = _read(source)
+    files = _published(source)
     if images is not None:
-        kept = _first_of_each_class(_idx(files[TRAIN_LABELS]), images // len(LABELS))
+        labels = _idx(files[TRAIN_LABELS])
+        of_each = [np.flatnonzero(labels == label)[: images // len(LABELS)] for label in range(len(LABELS))]
         for name in (TRAIN_IMAGES, TRAIN_LABELS):
-            files[name] = _to_idx(_idx(files[name])[kept])
+            files[name] = _to_idx(_idx(files[name])[np.sort(np.concatenate(of_each))])
     if pad:
         files[TRAIN_IMAGES] = _to_idx(np.pad(_idx(files[TRAIN_IMAGES]), ((0, 0), (pad, pad), (pad, pad))))
 
@@ -70,77 +56,39 @@ def write_fashion_mnist(folder: Path, pad: int = 0, images: int | None = None, s
         if all((raw / name).is_file() and (raw / name).read_bytes() == content for name, content in files.items()):
             return folder
         raise FileExistsError(f'{raw} holds other images; remove it, or choose another folder')
-    part = raw.with_name('raw.part')
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for name, content in files.items():
-        (part / name).write_bytes(content)
-    part.replace(raw)
+    with written_whole(raw) as part:
+        part.mkdir(parents=True)
+        for name, content in files.items():
+            (part / name).write_bytes(content)
     return folder
 
 
-def evaluation_loader(dataset: Any, config: dict[str, Any], batch_size: int) -> Any:
-    """timm's loader, in this process, in the data set's order.
-
-    Args:
-        dataset: One of timm's or torchvision's; its transform is set to evaluation's.
-        config: The preprocessing, of timm's `resolve_model_data_config`.
-        batch_size: Images of a batch.
-    """
-    return create_loader(
-        dataset,
-        batch_size=batch_size,
-        is_training=False,
-        use_prefetcher=False,
-        num_workers=0,
-        persistent_workers=False,
-        device=torch.device('cpu'),
-        **config,
-    )
-
-
-def _read(source: Path | None) -> dict[str, bytes]:
-    """The published files."""
-    if source is not None:
-        return _checked(source / RAW, '')
-    if DEBIAN.is_dir():
-        return _checked(DEBIAN, '.gz')
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            FashionMNIST(folder, download=True)
-        except (OSError, RuntimeError) as error:
-            raise RuntimeError(
-                f'Fashion-MNIST could not be downloaded ({one_line(error)}); on Debian the package '
-                'dataset-fashion-mnist holds it'
-            ) from error
-        return _checked(Path(folder) / RAW, '')
-
-
-def _checked(folder: Path, suffix: str) -> dict[str, bytes]:
+def _published(source: Path | None) -> dict[str, bytes]:
+    """The four files, of a folder in torchvision's layout, of the Debian package, or downloaded."""
+    if source is None and not DEBIAN.is_dir():
+        with tempfile.TemporaryDirectory() as downloaded:
+            try:
+                FashionMNIST(downloaded, download=True)
+            except (OSError, RuntimeError) as error:
+                way_out = 'on Debian the package dataset-fashion-mnist holds it'
+                raise RuntimeError(f'Fashion-MNIST could not be downloaded ({one_line(error)}); {way_out}') from error
+            return _published(Path(downloaded))
     files = {}
     for name, expected in SHA256.items():
-        path = folder / f'{name}{suffix}'
-        if not path.is_file():
-            raise ValueError(f'{path} is missing: not a folder of Fashion-MNIST')
-        content = path.read_bytes()
+        path = DEBIAN / f'{name}.gz' if source is None else source / RAW / name
         try:
-            files[name] = gzip.decompress(content) if suffix else content
+            files[name] = gzip.decompress(path.read_bytes()) if source is None else path.read_bytes()
         except (OSError, EOFError) as error:
-            raise ValueError(f'{path} is damaged: {error}') from error
+            raise ValueError(f'{path} is missing or damaged, not a file of Fashion-MNIST: {error}') from error
         if (found := hashlib.sha256(files[name]).hexdigest()) != expected:
             raise ValueError(f'{path}: sha256 is {found}, Fashion-MNIST has {expected}')
     return files
 
 
-def _first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:
-    return np.sort(np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(len(LABELS))]))
-
-
 def _idx(content: bytes) -> np.ndarray:
     """IDX: 0, 0, the type (8 is uint8), the number of dimensions, each dimension in four bytes, the values."""
-    dimensions = content[3]
-    shape = np.frombuffer(content, '>u4', dimensions, offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    shape = np.frombuffer(content, '>u4', count=content[3], offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + shape.nbytes).reshape(shape)
 
 
 def _to_idx(values: np.ndarray) -> bytes:

@@ -1,9 +1,8 @@
-"""What `sd-resnet bench`, `growth` and `sweep` print and keep."""
-
-from __future__ import annotations
+"""What `sd-resnet bench` prints, draws and keeps."""
 
 import itertools
 import json
+import math
 import platform
 import statistics
 from collections.abc import Sequence
@@ -11,123 +10,132 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 
 from ..figures import KEPT, OTHER, PROBABILITY, new_figure, save_figure
-from .measure import CONSTANT, TIMM, Growth, Row, Settings, ratio
+from .measure import CONSTANT_DEPTH, TIMM, Contestant, Race, Settings
+
+_COLUMNS = ('mean ms', 'median', 'spread', 'ratio', 'median', 'no luck', 'FLOPs', 'to timm', 'saved', 'most')
 
 
-def table(settings: Settings, rows: Sequence[Row]) -> str:
-    """The table that `sd-resnet bench` prints: milliseconds, ratios of means, spread as quartiles' distance."""
-    names = {row.name: row for row in rows}
-    constant, drop_path = names[CONSTANT], names.get(TIMM)
-    lines = [
-        f'{settings.model}, batch {settings.batch}, {settings.size or "default"} px, drop path {settings.rate}'
-        f'{f" {settings.schedule}" if settings.schedule else ""}, '
-        f'{settings.precision}{", channels_last" if settings.channels_last else ""}'
-        f'{", compiled" if settings.compile else ""}, {settings.steps} steps',
-        f'{environment()}',
-        '',
-        f'{"":<34}{"mean ms":>9}{"median":>9}{"spread":>9}{"ratio":>8}{"median":>8}{"no luck":>9}'
-        f'{"FLOPs":>8}{"to timm":>9}{"saved":>8}{"most":>8}',
-    ]
-    for row in rows:
-        quartiles = statistics.quantiles(row.seconds, n=4)
-        share = ratio(row, constant, statistics.fmean)
-        luck = None if row.bound is None or row.observed is None else share - (row.observed - row.bound)
-        lines.append(
-            f'{row.name:<34}{statistics.fmean(row.seconds) * 1e3:>9.1f}{statistics.median(row.seconds) * 1e3:>9.1f}'
-            f'{(quartiles[2] - quartiles[0]) * 1e3:>9.1f}{share:>8.3f}'
-            f'{ratio(row, constant, statistics.median):>8.3f}{_text(luck, 9)}{_text(row.bound, 8)}'
-            f'{_text(None if drop_path is None else ratio(row, drop_path, statistics.fmean), 9)}'
-            f'{statistics.fmean(row.saved_bytes) / constant.saved_bytes[0]:>8.3f}'
-            f'{max(row.saved_bytes) / constant.saved_bytes[0]:>8.3f}'
-        )
+def table(settings: Settings, races: Sequence[Race]) -> str:
+    """Times, ratios, FLOPs and memory, race by race; of models at several rates also the rate that breaks even."""
+    lines = [f'{_conditions(settings)}, {settings.steps} steps', environment()]
+    for race in races:
+        lines += ['', _row(f'{race.model}, drop path {race.rate:g}', _COLUMNS)]
+        constant, timms = race.contestants[CONSTANT_DEPTH], race.contestants.get(TIMM)
+        for name, each in race.contestants.items():
+            low, median, high = statistics.quantiles(each.seconds, n=4)
+            saved = [kept / constant.saved_bytes[0] for kept in each.saved_bytes]
+            shares = [each.ratio(constant), each.ratio(constant, statistics.median), each.ratio_without_luck(constant)]
+            shares += [each.bound, each.ratio(timms) if timms else None]
+            shares += [statistics.fmean(saved), max(saved)] if saved else [None, None]
+            times = [f'{seconds * 1e3:.1f}' for seconds in (statistics.fmean(each.seconds), median, high - low)]
+            lines.append(_row(name, times + ['-' if share is None else f'{share:.3f}' for share in shares]))
+    lines.append('')
+    modes = [mode for mode in settings.modes if mode != 'row' and len(settings.rates) > 1]
+    for model in settings.models if modes else ():
+        own = [race for race in races if race.model == model]
+        texts = {None: 'unknown', math.inf: 'never'}
+        found = ((mode, break_even(own, mode)) for mode in modes)
+        said = ', '.join(f'{mode} {texts.get(rate) or f"from {rate:.3f}"}' for mode, rate in found)
+        lines.append(f'break-even of {model}: {said}')
     lines += [
-        '',
         'ratio, median: of step times to constant depth; no luck: the ratio, less what the draw left out or added;',
         "FLOPs: share of FLOPs left on average, the bound; to timm: ratio to timm's drop_path_rate;",
-        'saved, most: bytes kept for backward on average and at most, as a share of constant depth',
+        'saved, most: bytes kept for backward on average and at most, as a share of constant depth;',
+        'spread: between the quartiles; break-even: on the line through the medians over the rate of the dropped work',
     ]
     return '\n'.join(lines)
 
 
-def growth_table(settings: Settings, growths: Sequence[Growth]) -> str:
-    """The table that `sd-resnet growth` prints."""
-    lines = [
-        f'batch mode, batch {settings.batch}, {settings.size or "default"} px, {settings.steps} steps; '
-        'ratios of mean step times to constant depth',
-        environment(),
-        '',
-        f'{"":<22}{"p_L":>6}{"FLOPs":>9}{"ratio":>9}{"no luck":>9}{"above":>9}',
-    ]
-    lines += [
-        f'{g.model:<22}{g.survival_prob:>6.2f}{g.bound:>9.3f}{g.ratio:>9.3f}{g.without_luck:>9.3f}'
-        f'{g.without_luck - g.bound:>9.3f}'
-        for g in growths
-    ]
-    lines += ['', 'FLOPs: share left on average, the bound; above: of the ratio without the luck of the draw']
-    return '\n'.join(lines)
+def _row(name: str, cells: Sequence[str]) -> str:
+    return f'{name:<36}' + ''.join(f'{cell:>8}' for cell in cells)
 
 
-def _text(value: float | None, width: int) -> str:
-    return f'{"-" if value is None else format(value, ".3f"):>{width}}'
+def break_even(races: Sequence[Race], mode: str) -> float | None:
+    """The rate from which on a step is quicker than constant depth's, on the line through the medians.
+
+    It is 0 if every rate pays, infinity if none does, and None if the rates do not differ. What counts is the rate of
+    the work that was dropped: where none was, in two rows at rate 0.05, for example, that is 0.
+    """
+    rates, medians = [], []
+    for race in races:
+        own = race.contestants[mode]
+        dropped = 0.0 if own.bound == 1 else (1 - (own.observed or 0)) / (1 - (own.bound or 0))
+        rates.append(round(race.rate * dropped, 6))
+        medians.append(own.ratio(race.contestants[CONSTANT_DEPTH], statistics.median))
+    if len(set(rates)) == 1:
+        return None
+    slope, height = statistics.linear_regression(rates, medians)
+    if slope >= 0:
+        return 0.0 if max(medians) < 1 else math.inf
+    rate = (1 - height) / slope
+    return math.inf if rate >= 1 else max(rate, 0.0)
+
+
+def _conditions(settings: Settings) -> str:
+    size, schedule = settings.size or 'default', settings.schedule or 'of the model'
+    further = ', channels_last' * settings.channels_last + ', compiled' * settings.compile
+    return f'batch {settings.batch}, {size} px, schedule {schedule}, {settings.precision}{further}'
 
 
 def environment() -> str:
     """Versions and processor, for the record."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return (
-        f'torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}, {device}, '
-        f'{torch.get_num_threads()} threads'
-    )
+    versions = f'torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}'
+    return f'{versions}, {device}, {torch.get_num_threads()} threads'
 
 
-def save_record(settings: Settings, rows: Sequence[Any], path: Path) -> None:
-    """Every step's time as JSON; `rows` are dataclasses."""
-    record = {'environment': environment(), 'settings': asdict(settings), 'rows': [asdict(row) for row in rows]}
+def save_record(settings: Settings, races: Sequence[Race], path: Path) -> None:
+    """Every step's time as JSON."""
+    record = {'environment': environment(), 'settings': asdict(settings), 'races': [asdict(race) for race in races]}
     path.write_text(json.dumps(record, indent=1) + '\n')
 
 
-def plot_bench(settings: Settings, rows: Sequence[Row], path: Path) -> None:
-    """Draw each contestant's mean step time as a share of constant depth, with the FLOPs bound."""
-    figure, ((axis,),) = new_figure(1, height=0.5 * len(rows) + 1.4)
-    constant = statistics.fmean(rows[0].seconds)
-    for place, row in enumerate(rows):
-        quartiles = statistics.quantiles(row.seconds, n=4)
-        ratio = statistics.fmean(row.seconds) / constant
-        axis.barh(place, ratio, 0.7, color=KEPT if row.bound is not None else OTHER)
-        axis.hlines(place, quartiles[0] / constant, quartiles[2] / constant, color='black', linewidth=1)
-        axis.text(0.01, place, f'{ratio:.2f}', va='center', color='white', fontsize=9)
-    bounded = [(place, row.bound) for place, row in enumerate(rows) if row.bound is not None and row.bound < 1]
-    for index, (place, bound) in enumerate(bounded):
-        label = None if index else 'share of FLOPs left on average'
-        axis.vlines(bound, place - 0.4, place + 0.4, color=PROBABILITY, linewidth=2, label=label)
-    if bounded:
-        axis.legend(loc='lower right', fontsize=8, frameon=False)
-    axis.set_yticks(range(len(rows)), [row.name for row in rows])
-    axis.set_ylim(len(rows) - 0.1, -0.6)  # the first on top, room for the legend below
-    axis.set_xlabel('mean time of a training step, as a share of constant depth; thin lines: middle half of the steps')
-    axis.set_title(
-        f'{settings.model}, batch {settings.batch}, drop path {settings.rate}, {settings.precision}'
-        f'{", channels_last" if settings.channels_last else ""}{", compiled" if settings.compile else ""}',
-        fontsize=11,
-    )
+def plot(settings: Settings, races: Sequence[Race], path: Path) -> None:
+    """Draw mean step times as shares of constant depth's: of one race as bars, of several over the FLOPs left."""
+    first, one = races[0], len(races) == 1
+    figure, ((axis,),) = new_figure(1, height=0.5 * len(first.contestants) + 1.4 if one else 5)
+    axis.set_title(f'{first.model}, drop path {first.rate:g}, ' * one + _conditions(settings), fontsize=11)
+    if one:
+        _draw_bars(axis, first.contestants)
+    else:
+        _draw_shares(axis, races)
     save_figure(figure, path)
 
 
-def plot_growth(settings: Settings, growths: Sequence[Growth], path: Path) -> None:
-    """Draw the measured ratios, without the luck of the draw, against the shares of FLOPs that are left."""
-    figure, ((axis,),) = new_figure(1, height=5)
-    lowest = min(0.3, *(min(g.bound, g.without_luck) - 0.03 for g in growths))
+def _draw_bars(axis: Any, contestants: dict[str, Contestant]) -> None:
+    constant = contestants[CONSTANT_DEPTH]
+    bounds = [(each.bound, place) for place, each in enumerate(contestants.values()) if (each.bound or 1) < 1]
+    for place, each in enumerate(contestants.values()):
+        ratio, (low, _, high) = each.ratio(constant), statistics.quantiles(each.seconds, n=4)
+        axis.barh(place, ratio, 0.7, color=OTHER if each.bound is None else KEPT)
+        mean = statistics.fmean(constant.seconds)
+        axis.hlines(place, low / mean, high / mean, color='black', linewidth=1)
+        axis.text(0.01, place, f'{ratio:.2f}', va='center', color='white', fontsize=9)
+    if bounds:
+        x, y = np.array(bounds).T
+        axis.vlines(x, y - 0.4, y + 0.4, color=PROBABILITY, linewidth=2, label='share of FLOPs left on average')
+        axis.legend(loc='lower right', fontsize=8, frameon=False)
+    axis.set_yticks(range(len(contestants)), list(contestants))
+    what = 'mean time of a training step, as a share of constant depth; thin lines: middle half of the steps'
+    axis.set(xlabel=what, ylim=(len(contestants) - 0.1, -0.6))  # the first on top, room for the legend below
+
+
+def _draw_shares(axis: Any, races: Sequence[Race]) -> None:
+    points: dict[str, list[tuple[float, float]]] = {}
+    for race in races:
+        for name, each in race.contestants.items():
+            share = each.ratio_without_luck(race.contestants[CONSTANT_DEPTH])
+            if each.bound is not None and share is not None:
+                points.setdefault(f'{race.model}, {name}', []).append((each.bound, share))
+    lowest = min(0.3, *(min(point) - 0.03 for own in points.values() for point in own))
     axis.plot([lowest, 1.05], [lowest, 1.05], color='black', linewidth=1, label='ratio = share of FLOPs')
     axis.fill_between([lowest, 1.05], [lowest - 0.05, 1.0], [lowest + 0.05, 1.1], color='0.9', label='within 0.05')
-    for model, marker in zip(dict.fromkeys(g.model for g in growths), itertools.cycle('osD^vP*')):
-        own = [g for g in growths if g.model == model]
-        axis.plot([g.bound for g in own], [g.without_luck for g in own], marker, markersize=6, label=model, alpha=0.8)
-    axis.set_xlabel('share of FLOPs left on average')
-    axis.set_ylabel("step time, as a share of constant depth's")
+    for (label, own), marker in zip(points.items(), itertools.cycle('osD^vP*')):
+        axis.plot(*zip(*own), marker, markersize=6, label=label, alpha=0.8)
+    axis.set(xlabel='share of FLOPs left on average', ylabel="step time without luck, share of constant depth's")
     axis.legend(fontsize=8, frameon=False)
-    axis.set_title(f'Batch mode, batch {settings.batch}, {settings.precision}', fontsize=11)
-    save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""The command `sd-resnet`: parsing only.
+"""The command `sd-resnet`: what can be typed, and what a wing is then asked to do.
 
-Imports whatever it runs; nothing imports it.
+Imports `resnets`, `analysis`, `bench`, `hub`, `quickstart`, the package's version and the base rooms.
 """

@@ -1,323 +1,159 @@
-"""The command `sd-resnet`: argument parsing only. Exit status 0 on success, 2 on wrong usage, 1 with a reason."""
+"""What can be typed after `sd-resnet`, in the order in which a user meets it."""
 
-from __future__ import annotations
-
-import argparse
-import ast
 import sys
-import tempfile
-from collections.abc import Sequence
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
-from . import converted as cli_converted
-from . import zoo as cli_zoo
-from .arguments import UsageError, output_file, positive
+from ..errors import run_command
+from . import commands
 
-GROWTH = ('sd_resnet50', 'sd_resnet101', 'sd_resnet152')
+# What the first edition had under another name: answered with the new one.
+MOVED = {
+    'plot': 'sd-resnet info MODEL --plot FILE',
+    'sweep': 'sd-resnet bench --rates RATE ...',
+    'growth': 'sd-resnet bench --growth',
+    'study': 'python -m sd_resnet.study',
+    'release': 'python -m sd_resnet.hub release',
+    'push --all': 'python -m sd_resnet.hub push-all',
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv`, without the program's name; None is the process's own."""
-    args = _parser().parse_args(argv)
-    try:
-        args.run(args)
-    except KeyboardInterrupt as error:
-        print(f'\nsd-resnet {args.command}: interrupted; {error}'.rstrip('; '), file=sys.stderr)
-        return 1
-    except UsageError as error:
-        print(f'sd-resnet {args.command}: error: {error}', file=sys.stderr)
-        return 2
-    except Exception as error:
-        if args.debug:
-            raise
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        print(f'sd-resnet {args.command}: {reason}', file=sys.stderr)
-        return 1
-    return 0
+    """Run a command line, the process's own if None, and give the exit status: see `errors.run_command`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for old, new in MOVED.items():
+        if argv[:1] == old.split()[:1] and set(old.split()) <= set(argv):
+            print(f'sd-resnet {old}: error: now it is {new}', file=sys.stderr)
+            return 2
+    return run_command(_parser(), argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='sd-resnet',
-        description='ResNets with stochastic depth for timm: try, look at, measure, export and publish them.',
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog='sd-resnet', description='Stochastic depth for timm: try, look, measure, train, cut, export, publish.'
     )
-    parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument('--debug', action='store_true', help='show the traceback of an error')
-    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    parser.add_argument('-V', '--version', action='version', version=f'%(prog)s {__version__}')
+    subparsers = parser.add_subparsers(title='commands', dest='command', required=True, metavar='COMMAND')
 
-    def command(name: str, summary: str, example: str, run: object) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name,
-            parents=[common],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + '.',
-            epilog=f'example: sd-resnet {example}',
-        )
+    def command(run: Callable[[Namespace], None], example: str) -> ArgumentParser:
+        name, summary = run.__name__, run.__doc__ or ''
+        sub = subparsers.add_parser(name, help=summary[:1].lower() + summary[1:].rstrip('.'), description=summary)
+        sub.formatter_class, sub.epilog = RawDescriptionHelpFormatter, f'example: sd-resnet {name} {example}'
+        sub.add_argument('--debug', action='store_true', help='show the traceback of an error')
         sub.set_defaults(run=run)
         return sub
 
-    sub = command(
-        'quickstart',
-        'train on digits, publish to a folder, load it back',
-        'quickstart --out quickstart --compare',
-        _quickstart,
-    )
-    sub.add_argument('--out', type=Path, default=Path('quickstart'), metavar='DIR', help='new folder (%(default)s)')
-    sub.add_argument('--epochs', type=positive, default=None, metavar='N', help='passes over the training images')
-    sub.add_argument('--seed', type=int, default=0, metavar='N', help='of all random numbers (%(default)s)')
-    sub.add_argument('--resume', action='store_true', help='go on where an interrupted run stopped')
-    sub.add_argument('--compare', action='store_true', help='train the constant-depth network beside it')
+    add = command(commands.quickstart, '--compare').add_argument
+    add('--out', type=Path, default=Path('quickstart'), metavar='DIR', help='new folder (%(default)s)')
+    add('--epochs', type=_positive, metavar='N', help='passes over the training images')
+    add('--seed', type=int, default=0, metavar='N', help='of all random numbers (%(default)s)')
+    add('--resume', action='store_true', help='go on where an interrupted run stopped')
+    add('--compare', action='store_true', help='train the constant-depth network beside it')
 
-    for name, summary, example, run in (
-        ('info', 'table of the blocks: survival probability, parameters, FLOPs', 'info sd_resnet50', _info),
-        ('plot', 'draw survival probability and FLOPs of the blocks', 'plot sd_resnet50 --out sd_resnet50.png', _plot),
-    ):
-        sub = command(name, summary, example, run)
-        sub.add_argument('model', metavar='MODEL', help='for example sd_resnet50 or sd_resnet110_cifar')
-        sub.add_argument('--drop-path', type=float, metavar='RATE', help="1 - p_L, in [0, 1) (the model's: 0.5)")
-        sub.add_argument(
-            '--schedule', type=_schedule, metavar='NAME|LIST', help='linear, uniform, timm, or 1,0.5 or [p_1, ..., p_L]'
-        )
-        sub.add_argument('--img-size', type=positive, metavar='PX', help="height and width (the model's)")
-        if name == 'plot':
-            sub.add_argument('--out', type=output_file, metavar='FILE', help='picture to write (MODEL.png)')
+    add = command(commands.info, 'sd_resnet50').add_argument
+    add('model', metavar='MODEL', help='for example sd_resnet50 or sd_resnet110_cifar')
+    add('--drop-path', type=float, metavar='RATE', help="1 - p_L, in [0, 1) (the model's: 0.5)")
+    add('--schedule', type=_schedule, metavar='NAME|LIST', help='linear, uniform, timm, 1,0.5 or [p_1, ...]')
+    add('--img-size', type=_positive, metavar='PX', help="height and width (the model's)")
+    add('--plot', type=_output_file, metavar='FILE', help='draw them, too')
 
-    sub = command(
-        'bench',
-        'measure training steps of this package beside constant depth and other drop paths',
-        'bench --model sd_resnet50 --batch 16 --size 128 --steps 60',
-        _bench,
-    )
-    sub.add_argument('--model', default='sd_resnet50', metavar='NAME', help='architecture (%(default)s)')
-    sub.add_argument('--batch', type=positive, default=16, metavar='N', help='images of a step (%(default)s)')
-    sub.add_argument('--size', type=positive, metavar='PX', help="height and width (the model's)")
-    sub.add_argument('--drop-path', type=float, default=0.5, metavar='RATE', help='1 - p_L (%(default)s)')
-    sub.add_argument(
-        '--schedule', type=_schedule, metavar='NAME', help="of this package's modes, uniform of all drop paths (own)"
-    )
-    sub.add_argument('--steps', type=positive, default=60, metavar='N', help='of each contestant (%(default)s)')
-    sub.add_argument(
-        '--saved-steps', type=positive, default=200, metavar='N', help='to count bytes kept for backward (%(default)s)'
-    )
-    sub.add_argument('--precision', default='float32', choices=('float32', 'bfloat16', 'float16'))
-    sub.add_argument('--channels-last', action='store_true', help='memory format of images and weights')
-    sub.add_argument('--compile', action='store_true', help='run every contestant through torch.compile')
-    sub.add_argument('--device', default='cpu', help='for example cuda (%(default)s)')
-    sub.add_argument('--modes', nargs='+', default=('batch', 'row', 'subset'), choices=('batch', 'row', 'subset'))
-    sub.add_argument(
-        '--peers', nargs='*', default=('timm', 'torchvision'), choices=('timm', 'torchvision'), help='drop paths (both)'
-    )
-    sub.add_argument('--others', nargs='+', default=(), metavar='NAME', help='further timm models to measure')
-    sub.add_argument('--json', type=output_file, metavar='FILE', help="write every step's time")
-    sub.add_argument('--plot', type=output_file, metavar='FILE', help='draw a bar chart')
+    example = '--model sd_vit_tiny_patch16_224 sd_convnext_atto --rates 0.1 0.3 --schedule uniform --batch 10'
+    sub = command(commands.bench, example)
+    add, add_either = sub.add_argument, sub.add_mutually_exclusive_group().add_argument
+    add('--model', dest='models', nargs='+', metavar='NAME', help='architectures (sd_resnet50)')
+    add_either('--drop-path', type=float, nargs=1, metavar='RATE', help='1 - p_L (0.5)')
+    add_either('--rates', type=float, nargs='*', metavar='RATE', help='from which on is it worth it? (0.05 ... 0.5)')
+    add('--growth', action='store_true', help='batch mode over depth and rates (ResNet-50 to -152, 0.8 0.5 0.2 0)')
+    add('--batch', type=_positive, metavar='N', help='images of a step (16)')
+    add('--size', type=_positive, metavar='PX', help="height and width (the model's)")
+    add('--schedule', type=_schedule, metavar='NAME', help="of this package's modes, uniform of all drop paths (own)")
+    add('--steps', type=_positive, metavar='N', help='of each contestant (60)')
+    add('--saved-steps', type=_positive, metavar='N', help='to count bytes kept for backward (200)')
+    add('--precision', choices=('float32', 'bfloat16', 'float16'))
+    add('--channels-last', action='store_true', help='memory format of images and weights')
+    add('--compile', action='store_true', help='run every contestant through torch.compile')
+    add('--device', help='for example cuda (cpu)')
+    add('--modes', nargs='+', choices=('batch', 'row', 'subset'), help='(all; over rates subset, batch)')
+    add('--peers', nargs='*', choices=('timm', 'torchvision'), help='drop paths (both; over rates timm)')
+    add('--others', nargs='+', metavar='NAME', help='further timm models to measure')
+    add('--json', type=_output_file, metavar='FILE', help="write every step's time")
+    add('--plot', type=_output_file, metavar='FILE', help='draw bars, or ratios over the share of FLOPs')
 
-    sub = command(
-        'growth',
-        "measure batch mode's training steps over depth and survival probability",
-        'growth --models sd_resnet50 sd_resnet101 --survival 0.2 0.5 --batch 8 --size 96 --steps 40',
-        _growth,
-    )
-    sub.add_argument('--models', nargs='+', default=GROWTH, metavar='NAME', help=f'architectures ({" ".join(GROWTH)})')
-    sub.add_argument(
-        '--survival', type=float, nargs='+', default=(0.2, 0.5, 0.8, 1.0), metavar='P', help='p_L (0.2 0.5 0.8 1.0)'
-    )
-    sub.add_argument('--batch', type=positive, default=16, metavar='N', help='images of a step (%(default)s)')
-    sub.add_argument('--size', type=positive, metavar='PX', help="height and width (the model's)")
-    sub.add_argument('--steps', type=positive, default=40, metavar='N', help='of each contestant (%(default)s)')
-    sub.add_argument('--device', default='cpu', help='for example cuda (%(default)s)')
-    sub.add_argument('--json', type=output_file, metavar='FILE', help="write every step's time")
-    sub.add_argument('--plot', type=output_file, metavar='FILE', help='draw the ratios against the share of FLOPs')
+    add = command(commands.recipe, 'fmnist').add_argument
+    add('name', nargs='?', metavar='NAME', help='print its path; without it, list all')
 
-    cli_zoo.add_commands(command)
-    cli_converted.add_commands(command)
+    add = command(commands.data, 'fashion-mnist images --pad 4').add_argument
+    add('name', choices=('fashion-mnist',), help='of the data set')
+    add('folder', type=Path, metavar='DIR', help="for timm's --data-dir")
+    add('--pad', type=int, default=0, metavar='PX', help='zeros around each training image (%(default)s)')
+    add('--images', type=_positive, metavar='N', help='training images, equally many of each class (all)')
 
-    sub = command(
-        'export',
-        'write a checkpoint as a plain timm ResNet',
-        'export output/train/RUN/model_best.pth.tar --out resnet50.safetensors',
-        _export,
-    )
-    sub.add_argument('checkpoint', type=Path, metavar='CHECKPOINT', help="of timm's train.py, or safetensors")
-    sub.add_argument('--out', type=Path, required=True, metavar='FILE', help='safetensors file to write')
-    sub.add_argument('--model', metavar='NAME', help='architecture, where the checkpoint does not tell')
-    sub.add_argument('--no-ema', action='store_true', help='take the raw weights where averaged ones are there too')
+    data: dict[str, Any] = dict(type=Path, required=True, metavar='DIR', help='Fashion-MNIST, or folders of images')
+    add = command(commands.evaluate, 'sd_resnet32_cifar.fmnist --data images').add_argument
+    add('model', metavar='MODEL', help="timm's name of pretrained weights, hf-hub:REPO or local-dir:DIR")
+    add('--data', **data)
+    add('--images', type=_positive, metavar='N', help='only the first ones (all)')
+    add('--json', action='store_true', help='print JSON')
 
-    sub = command(
-        'push',
-        'publish a training run on the Hugging Face Hub: weights, card and record in one commit, verified',
-        'push output/train/RUN --repo-id me/sd_resnet50.mine --license apache-2.0 --dataset ILSVRC/imagenet-1k',
-        _push,
-    )
-    sub.add_argument(
-        'source',
-        type=Path,
-        nargs='?',
-        metavar='DIR',
-        help="run folder of timm's train.py, or a finished repository folder",
-    )
-    sub.add_argument('--repo-id', metavar='USER/NAME', help='created if it does not exist')
-    sub.add_argument('--all', action='store_true', help='publish every entry of --repos instead of DIR')
-    sub.add_argument(
-        '--repos', type=Path, default=Path('hub/repos.yaml'), metavar='FILE', help='what is where (%(default)s)'
-    )
-    sub.add_argument(
-        '--dry-run', type=Path, metavar='OUT', help='write what would be sent to a new folder, send nothing'
-    )
-    sub.add_argument('--checkpoint', metavar='FILE', help='in DIR, or last, or checkpoint-9 (model_best, else last)')
-    sub.add_argument('--no-ema', action='store_true', help='take the raw weights where averaged ones are there too')
-    sub.add_argument('--plain', action='store_true', help='fold into an ordinary timm ResNet that needs no plugin')
-    sub.add_argument('--license', metavar='NAME', help="the weights' licence by its name on the Hub")
-    sub.add_argument('--dataset', metavar='NAME', help="the data set's name on the Hub")
-    sub.add_argument('--private', action='store_true', help='readable with your token only')
-    sub.add_argument('--revision', metavar='BRANCH', help='created if it does not exist (main)')
-    sub.add_argument('--message', metavar='TEXT', help='of the commit')
+    add = command(commands.prune, 'output/train/RUN --data images --out small --plot pruned.png').add_argument
+    add('models', nargs='+', metavar='MODEL', help="run folder of timm's train.py, or a name of weights")
+    add('--data', **data)
+    add('--share', type=float, default=0.5, metavar='S', help="of the branches' FLOPs left (%(default)s)")
+    add('--images', type=_positive, default=1000, metavar='N', help='that are chosen on (%(default)s)')
+    add('--out', type=Path, metavar='DIR', help="write the first model's smallest network to a new folder")
+    add('--json', type=_output_file, metavar='FILE', help='write all figures')
+    add('--plot', type=_output_file, metavar='FILE', help='draw error against FLOPs and latency')
 
-    sub = command(
-        'verify',
-        "check a repository's or folder's hashes, tensors, configuration and outputs",
-        'verify me/sd_resnet50.mine@main --fix',
-        _verify,
-    )
-    sub.add_argument('target', metavar='REPO[@REVISION]|DIR', help='of the Hub (or its copy in the cache), or a folder')
-    sub.add_argument('--fix', action='store_true', help='download damaged files of the cache again')
+    no_ema: dict[str, Any] = dict(action='store_true', help='take the raw weights where averaged ones are there too')
+    add = command(commands.export, 'output/train/RUN/model_best.pth.tar --out resnet50.safetensors').add_argument
+    add('checkpoint', type=Path, metavar='CHECKPOINT', help="of timm's train.py, or safetensors")
+    add('--out', type=Path, required=True, metavar='FILE', help='safetensors file to write')
+    add('--model', metavar='NAME', help='architecture, where the checkpoint does not tell')
+    add('--no-ema', **no_ema)
+
+    example = 'output/train/RUN --repo-id me/sd_resnet50.mine --license apache-2.0 --dataset ILSVRC/imagenet-1k'
+    add = command(commands.push, example).add_argument
+    add('source', type=Path, metavar='DIR', help="run folder of timm's train.py, or a repository folder")
+    add('--repo-id', required=True, metavar='USER/NAME', help='created if it does not exist')
+    add('--dry-run', type=Path, metavar='OUT', help='write what would be sent to a new folder only')
+    add('--checkpoint', metavar='FILE', help='in DIR, or last, or checkpoint-9 (model_best, else last)')
+    add('--no-ema', **no_ema)
+    add('--plain', action='store_true', help='fold into an ordinary timm ResNet that needs no plugin')
+    add('--license', metavar='NAME', help="the weights' licence by its name on the Hub")
+    add('--dataset', metavar='NAME', help="the data set's name on the Hub")
+    add('--private', action='store_true', help='readable with your token only')
+    add('--revision', metavar='BRANCH', help='created if it does not exist (main)')
+    add('--message', metavar='TEXT', help='of the commit')
+
+    add = command(commands.verify, 'me/sd_resnet50.mine@main --fix').add_argument
+    add('target', metavar='REPO[@REVISION]|DIR', help='of the Hub (or its copy in the cache), or a folder')
+    add('--fix', action='store_true', help='download damaged files of the cache again')
     return parser
 
 
-def _quickstart(args: argparse.Namespace) -> None:
-    from .. import quickstart
-
-    options = {} if args.epochs is None else {'epochs': args.epochs}
-    quickstart.run(args.out, seed=args.seed, resume=args.resume, compare=args.compare, **options)
-
-
-def _info(args: argparse.Namespace) -> None:
-    from ..analysis.costs import cost_table, network_cost
-
-    print(cost_table(network_cost(args.model, args.img_size, args.drop_path, args.schedule)))
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f'must be a whole number of at least 1, got {text!r}')
+    return int(text)
 
 
-def _plot(args: argparse.Namespace) -> None:
-    from ..analysis.costs import network_cost, plot_costs
-
-    cost = network_cost(args.model, args.img_size, args.drop_path, args.schedule)
-    out = args.out or Path(f'{args.model}.png')
-    plot_costs(cost, out)
-    print(f'wrote {out}')
-
-
-def _bench(args: argparse.Namespace) -> None:
-    from .. import figures as plots
-    from ..bench import measure as bench
-    from ..bench import report as bench_report
-
-    if args.plot:
-        plots.figure_class()
-    settings = bench.Settings(
-        model=args.model,
-        batch=args.batch,
-        size=args.size,
-        rate=args.drop_path,
-        steps=args.steps,
-        precision=args.precision,
-        channels_last=args.channels_last,
-        compile=args.compile,
-        device=args.device,
-        others=tuple(args.others),
-        modes=tuple(args.modes),
-        peers=tuple(args.peers),
-        saved_steps=args.saved_steps,
-        schedule=args.schedule,
-    )
-    rows = bench.run(settings)
-    print(bench_report.table(settings, rows))
-    if args.json:
-        bench_report.save_record(settings, rows, args.json)
-    if args.plot:
-        bench_report.plot_bench(settings, rows, args.plot)
-
-
-def _growth(args: argparse.Namespace) -> None:
-    from .. import figures as plots
-    from ..bench import measure as bench
-    from ..bench import report as bench_report
-
-    if args.plot:
-        plots.figure_class()
-    settings = bench.Settings(batch=args.batch, size=args.size, steps=args.steps, device=args.device)
-    rows = bench.grow(settings, args.models, [1 - p for p in args.survival])
-    print(bench_report.growth_table(settings, rows))
-    if args.json:
-        bench_report.save_record(settings, rows, args.json)
-    if args.plot:
-        bench_report.plot_growth(settings, rows, args.plot)
-
-
-def _export(args: argparse.Namespace) -> None:
-    from ..resnets.checkpoints import NO_PLAIN_CIFAR, export
-
-    architecture, model_args = export(args.checkpoint, args.out, args.model, use_ema=not args.no_ema)
-    if architecture.startswith('sd_'):
-        print(f'note: {NO_PLAIN_CIFAR}')
-    given = ', '.join(f'{key}={value!r}' for key, value in {**model_args, 'checkpoint_path': str(args.out)}.items())
-    print(f'wrote {args.out}; load it with timm.create_model({architecture!r}, {given})')
-
-
-def _push(args: argparse.Namespace) -> None:
-    from ..hub import repository as hub
-
-    written = ('checkpoint', 'no_ema', 'plain', 'license', 'dataset')
-    if args.all:
-        _refuse(args, '--all', 'source', 'repo_id', 'revision', 'private', *written)
-    elif args.source is None or args.repo_id is None:
-        raise UsageError('give DIR and --repo-id USER/NAME, or --all')
-    elif args.dry_run:
-        _refuse(args, '--dry-run', 'private', 'revision', 'message')
-
-    def send(source: Path, repo_id: str, private: bool | None) -> None:
-        if args.dry_run:
-            out = args.dry_run / repo_id.split('/')[-1] if args.all else args.dry_run
-            print(
-                f'wrote {hub.prepare(source, out, repo_id, **options)}, nothing was sent; look at it, and load it with'
-            )
-            print(f"  timm.create_model('local-dir:{out}', pretrained=True)")
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            ready = hub.prepare(source, Path(folder) / repo_id.split('/')[-1], repo_id, **options)
-            done = hub.push(ready, repo_id, private=private, revision=args.revision, message=args.message)
-        print(f'{"url" if done.changed else "no change":<9}  {done.url}\nrevision   {done.revision}')
-        print(f'sha256     {done.sha256}  model.safetensors\nload it    {done.line}')
-
-    options = {name: getattr(args, name) for name in written}
-    if args.all:
-        entries = hub.read_listing(args.repos)
-        print(f'{args.repos}: {len(entries)} to publish')
-        for folder, repo_id, private in entries:
-            send(folder, repo_id, private)
-    else:
-        send(args.source, args.repo_id, args.private or None)
-
-
-def _verify(args: argparse.Namespace) -> None:
-    from ..hub.verify import verify
-
-    verify(args.target, args.fix)
-
-
-def _refuse(args: argparse.Namespace, option: str, *names: str) -> None:
-    for name in names:
-        if getattr(args, name):
-            raise UsageError(f'{name if name == "source" else "--" + name.replace("_", "-")} does not go with {option}')
+def _output_file(text: str) -> Path:
+    """A file that is written after much work: that its folder is there is seen before."""
+    path = Path(text)
+    if not path.absolute().parent.is_dir():
+        raise ArgumentTypeError(f'must be in a folder that exists, got {text!r}')
+    return path
 
 
 def _schedule(text: str) -> str | list[float]:
+    """The name of a schedule, or survival probabilities, with brackets or without."""
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        return [float(prob) for prob in text.strip('[()] ').rstrip(', ').split(',')]
+    except ValueError:
         return text
-    return list(value) if isinstance(value, (list, tuple)) else text
 
 
 if __name__ == '__main__':

@@ -5,57 +5,22 @@ limit of recompilations per code object is reached and the frame runs uncompiled
 out of the compiler, and what they call is compiled frame by frame.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.fx
 from torch import nn
 
-from .private_api import exporting
-
-
-def check_traceable(x: Any) -> None:
-    """Raise where `torch.fx` would freeze one draw into its graph.
-
-    Raises:
-        RuntimeError: `x` is a `torch.fx.Proxy`.
-    """
-    if isinstance(x, torch.fx.Proxy):
-        raise RuntimeError(
-            'a block in training mode cannot be traced: one random decision would be frozen into the graph; trace in '
-            'evaluation mode, or keep the blocks whole with timm.models.get_notrace_modules()'
-        )
-
-
-def check_exportable() -> None:
-    """Raise where a frame that is kept out of the compiler would be exported.
-
-    Raises:
-        RuntimeError: `torch.export` is at work.
-    """
-    if exporting():
-        raise RuntimeError(
-            "drop_path_mode='batch', and any mode with drop_path_ramp, cannot be exported in training: one draw would "
-            "be frozen into the graph; export model.eval(), or use drop_path_mode='subset' or 'row' without a ramp"
-        )
+from .refusals import check_exportable
 
 
 def with_own_code(function: Any) -> Any:
     """The same function with a code object of its own, by which the compiler knows a function."""
-    copy = FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    copy.__annotations__ = function.__annotations__
+    code, name = function.__code__.replace(), function.__name__
+    copy = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__, copy.__annotations__ = function.__kwdefaults__, function.__annotations__
     return copy
 
 
@@ -65,7 +30,7 @@ def outside_compiler(function: Any) -> Any:
 
 
 class forward_by_mode(property):
-    """Decorates a module's `forward`, whose frame is kept out of the compiler while `runs_outside_compiler()`.
+    """Decorates a `forward`, or a method like it, whose frame is not compiled if the module `runs_outside_compiler()`.
 
     `Module.__call__` looks `forward` up, so this is the one place that its hooks and a compiler both pass. It is a
     property because compilers follow one; a `forward` of a single module, as tools put there, comes first all the same.
@@ -102,7 +67,7 @@ _own_functions: WeakKeyDictionary[nn.Module, dict[str, Callable[..., Any]]] = We
 
 @torch.compiler.disable
 def own_code(module: nn.Module, method: str) -> Callable[..., Any]:
-    """The module's method as a function (of the module and the arguments) with a code object of its own.
+    """The module's method as a function, of the module and the arguments, with a code object of its own.
 
     Recompilations are counted by code object: blocks of many shapes that share one would use up the limit together.
     """

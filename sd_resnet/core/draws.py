@@ -3,74 +3,48 @@
 A draw is made on the host, so that no step waits for a device; only a row mode's masks are drawn where the images are.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .private_api import transforming, vmapping
+from .refusals import check_draws_alone
 
-if TYPE_CHECKING:
-    from .drop_path import StochasticDepth
-
-# p_l as a whole number of these is exact where p_l is at least 2^-7. A whole number is a constant to `torch.compile`; a
-# float that changes would become a symbol, and with it the number of rows.
+# p_l as a whole number of these is exact from 2^-7 on. A whole number is a constant to `torch.compile`; a float that
+# changes would become a symbol, and with it the number of rows.
 UNIT = 2**60
 _NOTHING = 2**28  # rows in these units: shares below 3e-10 are rounding
 
 
 class Window(NamedTuple):
-    """Which rows of a mini-batch survive in subset mode: `rows` neighbouring ones, cyclically.
+    """Which rows of a mini-batch survive in subset mode: neighbouring ones, cyclically.
 
-    Attributes:
-        start: The first row, 0 to N - 1. In a compiled graph a tensor of one number, on the device of the images.
-        rows: Number of rows that the branch runs on, 0 to N.
-        alive: Number of rows that survive: `rows`. In a compiled graph, whose shapes are fixed, a tensor: all of them,
-            or all but the last. On more than one rank a branch runs on one row, of which nothing survives, rather than
-            on none: a SyncBatchNorm in it waits for all ranks.
+    In a compiled graph, whose shapes are fixed, `start` and `alive` are tensors on the images' device, and the last row
+    may not be alive. On many ranks no row survives of one, not of none: a SyncBatchNorm would wait for this rank.
     """
 
-    start: int | Tensor
-    rows: int
-    alive: int | Tensor
+    start: int | Tensor  # the first row, 0 to N - 1
+    rows: int  # that the branch runs on, 0 to N
+    alive: int | Tensor  # number of rows that survive: all of these, but for the above
 
 
 class Draw(NamedTuple):
-    """One block's b_l, for one mini-batch.
+    """One block's b_l for one mini-batch, and the p_l that it was drawn with, which a ramp may since have changed.
 
-    Attributes:
-        p_l: The survival probability that it was drawn with, which a ramp may have changed by the time it is used.
-        b_l: Batch mode: is the block active? Row mode: the mask of the rows, (N, 1, ..., 1). Subset mode: the rows
-            that survive.
+    In batch mode b_l says whether the block is active; in row mode it is the mask of the rows, (N, 1, ..., 1).
     """
 
     p_l: float
     b_l: bool | Tensor | Window
 
-    def share(self, batch: int) -> float:
-        """Of the branch's work, for a mini-batch of `batch` images: row mode computes all of it."""
-        if isinstance(self.b_l, Window):
-            return self.b_l.rows / batch
-        return float(isinstance(self.b_l, Tensor) or self.b_l)
 
+def draw(drop_paths: Sequence[Any], x: Tensor, mode: str, generator: torch.Generator | None = None) -> list[Draw]:
+    """One draw per block, whose `StochasticDepth`s these are, for a mini-batch (N, ...).
 
-def draw(
-    drop_paths: Sequence[StochasticDepth], x: Tensor, mode: str, generator: torch.Generator | None = None
-) -> list[Draw]:
-    """Draw for one mini-batch.
-
-    Args:
-        drop_paths: One module per block.
-        x: Input of the network or of the block, (N, ...).
-        mode: `'batch'`, `'row'` or `'subset'`.
-        generator: Of batch mode's draws; None is torch's default generator.
-
-    Raises:
-        RuntimeError: Under `torch.func.vmap`, where only row mode can draw.
+    Batch mode draws from `generator`, None being torch's default one. Under `torch.func.vmap` only row mode can draw.
     """
     if mode == 'row':
         return [Draw(drop_path.p_l, drop_path.mask(x)) for drop_path in drop_paths]
@@ -90,24 +64,18 @@ def draw_windows(probs: Sequence[int], x: Tensor) -> list[Window]:
     """Windows of k rows, k being floor(p_l N) or one more, with the mean p_l N, from a first row that is uniform.
 
     So each row survives with exactly p_l, whatever N. The same seed gives the same windows in eager and in compiled
-    code (which `torch.rand` and `randint` would not).
-
-    Args:
-        probs: p_l of each block, in units of 1 / `UNIT`.
-        x: (N, ...).
+    code (which `torch.rand` and `randint` would not). `probs` are in units of 1 / `UNIT`, `x` is (N, ...).
     """
     batch = len(range(x.shape[0]))  # a number of its own for each compiled graph, where it may be a symbol
     if batch == 0:
         return [Window(0, 0, 0)] * len(probs)
     whole = [(p * batch + _NOTHING) // UNIT for p in probs]
-    rest = [max(0, p * batch - k * UNIT) for p, k in zip(probs, whole)]
-    rest = [r if r > _NOTHING else 0 for r in rest]
+    rest = [r if r > _NOTHING else 0 for r in (p * batch - k * UNIT for p, k in zip(probs, whole))]
     starts = torch.ones(batch, device='cpu').multinomial(len(probs), replacement=True)
     odds = [[1 - r / UNIT, r / UNIT] for r in rest]
     one_more = torch.tensor(odds, dtype=torch.float64, device='cpu').multinomial(1).squeeze(1)
     if not torch.compiler.is_compiling():
-        more = _numbers(one_more)
-        least = int(many_ranks())
+        more, least = _numbers(one_more), int(many_ranks())
         return [Window(start, max(k + m, least), k + m) for start, k, m in zip(_numbers(starts), whole, more)]
     both = torch.stack([starts, one_more]).to(x.device, non_blocking=True)
     rows = [k + 1 if r else k for k, r in zip(whole, rest)]
@@ -120,12 +88,9 @@ def _numbers(values: Tensor) -> list[Any]:
 
 
 def simplified(window: Window, x: Tensor, one_value: bool) -> Window | Tensor | bool:
-    """A window as batch mode's b_l where all rows survive, or none; as row mode's mask where all rows must run.
+    """A window of `x`, (N, ...), as batch mode's b_l where all rows survive, or none; as row mode's where all must run.
 
-    Args:
-        window: Of rows of `x`.
-        x: (N, ...).
-        one_value: Would BatchNorm see a single value per channel in a single row?
+    As where there is one row, in which BatchNorm would see a single value per channel (`one_value`).
     """
     if window.rows == 0:
         return False
@@ -157,18 +122,15 @@ def takes_gradients(x: Tensor) -> bool:
     return torch.is_grad_enabled() or x.requires_grad
 
 
-def check_sync(value: Any) -> None:
-    """Raise where it is neither True nor False: of `--model-kwargs drop_path_sync=false` timm makes a text.
-
-    Raises:
-        ValueError: It is neither.
-    """
-    if not isinstance(value, bool):
-        raise ValueError(f'drop_path_sync must be True or False, got {value!r}')
+def ranks_share(x: Tensor, sync: bool, modules: Iterable[nn.Module]) -> bool:
+    """Does batch mode draw for all ranks at once? Not in a pass without gradients, which may be made on one only."""
+    if many_ranks() and not sync:
+        check_draws_alone(modules)
+    return many_ranks() and sync and takes_gradients(x)
 
 
 class SharedGenerator:
-    """A generator that all ranks of the default process group share; a copy, or a new process group, joins anew."""
+    """A generator that all ranks of the default process group share; a copy, or a new group, joins anew."""
 
     def __init__(self) -> None:
         self._joined: tuple[Any, torch.Generator] | None = None

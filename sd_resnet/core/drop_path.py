@@ -5,8 +5,6 @@ Section and equation numbers refer to Huang et al., "Deep Networks with Stochast
 p_l is block l's survival probability, b_l its draw.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +12,11 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from .draws import UNIT
-
-MODES = ('batch', 'row', 'subset')
-RESCALES = ('train', 'test')
+from .refusals import check_settings
 
 
 def derived(getter: Callable[[Any], Any]) -> Any:
-    """A property that takes only the value that it has: there are tools that set every attribute that they read."""
+    """A property that takes only the value that it has: some tools set every attribute that they read."""
 
     def setter(module: Any, value: Any) -> None:
         if value != getter(module):
@@ -31,21 +27,15 @@ def derived(getter: Callable[[Any], Any]) -> Any:
 
 
 class StochasticDepth(DropPath):
-    """Survival probability and mode of one residual block; each block holds its own as `drop_path`.
+    """Survival probability and mode of one residual block, which holds it as `drop_path` and skips the work.
 
-    The block skips the work. Called like timm's `DropPath`, the module applies row mode's mask in training, over p_l,
-    and nothing in evaluation. Its own `training` flag decides whether the block drops.
+    Called like timm's `DropPath`, the module applies row mode's mask in training, over p_l, and nothing in evaluation.
+    Its own `training` flag decides whether the block drops.
 
     Args:
         survival_prob: p_l, in (0, 1].
         mode: `'batch'`, one draw per mini-batch (section 3); `'row'`, one per sample; `'subset'`, one per sample, and
             the branch runs on a window of surviving rows.
-
-    Attributes:
-        p_l: The survival probability.
-        mode: One of the three.
-        network_drops: Does any block of its network drop? Set by the network.
-        ramped: Does a `DropPathRamp` set its rate? Set by the network.
 
     Raises:
         ValueError: An argument is outside what is allowed.
@@ -58,16 +48,15 @@ class StochasticDepth(DropPath):
     def __init__(self, survival_prob: float = 1.0, mode: str = 'batch') -> None:
         nn.Module.__init__(self)  # DropPath's own would assign drop_prob
         self.scale_by_keep = True
-        self.network_drops = self.ramped = False
+        self.network_drops = False  # does any block of its network?
+        self.ramped = False  # does a `DropPathRamp` set its rate?
         self.configure(survival_prob, mode)
 
     def configure(self, survival_prob: float, mode: str) -> None:
         """Set both at once, and nothing else; `model.set_drop_path` sets a whole network."""
         check_settings(survival_prob, mode, self.rescale)
-        self.p_l = float(survival_prob)
-        self.p_l_in_units = round(self.p_l * UNIT)
-        self.drops = self.p_l < 1
-        self.mode = mode
+        self.mode, self.p_l = mode, float(survival_prob)
+        self.p_l_in_units, self.drops = round(self.p_l * UNIT), self.p_l < 1
 
     @derived
     def survival_prob(self) -> Any:
@@ -81,13 +70,12 @@ class StochasticDepth(DropPath):
 
     @drop_prob.setter
     def drop_prob(self, value: float) -> None:
-        if value == self.drop_prob:
-            return
         if not 0 <= value < 1:
             raise ValueError(f'drop_prob must be in [0, 1), got {value!r}')
-        if self.ramped:
+        if value != self.drop_prob and self.ramped:
             raise AttributeError(f'drop_prob cannot be assigned (got {value!r}): drop_path_ramp sets it at every step')
-        self.configure(1 - value, self.mode)
+        if value != self.drop_prob:
+            self.configure(1 - value, self.mode)
 
     def is_dropping(self) -> bool:
         """Does it train, and drop now, or later in a ramp?"""
@@ -96,9 +84,8 @@ class StochasticDepth(DropPath):
     def runs_outside_compiler(self) -> bool:
         """Must the block's own frame be kept out of `torch.compile`?
 
-        In batch mode, where each outcome of the draw would be a graph of its own, also where its own p_l is 1: compiled
-        among blocks that drop, those would be many graphs of one code object. And in a ramp, whose rate a compiler
-        could freeze.
+        In batch mode, where each outcome would be a graph of its own, also if p_l is 1: compiled among blocks that
+        drop, those would be many graphs of one code object. And in a ramp, whose rate a compiler could freeze.
         """
         return self.training and (self.ramped or (self.mode == 'batch' and (self.drops or self.network_drops)))
 
@@ -118,13 +105,3 @@ class StochasticDepth(DropPath):
 
     def extra_repr(self) -> str:
         return f'survival_prob={self.p_l:.4g}, mode={self.mode!r}, rescale={self.rescale!r}'
-
-
-def check_settings(survival_prob: float, mode: str, rescale: str = 'train') -> None:
-    """Raise a ValueError that names the argument, its value and what is allowed."""
-    if not 0 < survival_prob <= 1:
-        raise ValueError(f'survival_prob must be in (0, 1], got {survival_prob!r}')
-    if mode not in MODES:
-        raise ValueError(f'drop_path_mode must be one of {", ".join(map(repr, MODES))}, got {mode!r}')
-    if rescale not in RESCALES:
-        raise ValueError(f'drop_path_rescale must be one of {", ".join(map(repr, RESCALES))}, got {rescale!r}')

@@ -1,46 +1,37 @@
 """Every private name of torch and timm in use, what it is for, and what is done where it does not exist.
 
-Public names are used wherever there are any. `tests/test_private_api.py` says in which version one is gone.
+Public names are used wherever there are any. `tests/core/test_private_api.py` says in which version one is gone.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.models._features import feature_take_indices as feature_take_indices  # what `indices` asks for
-from timm.models._hub import save_config_for_hf as save_config_for_hf  # config.json, without weights
 from torch import Tensor, nn
 
-# torch._C._current_graph_task_id: is a backward pass running, so that a forward pass is a recomputation?
-# Without it checkpointed regions of converted networks cannot be told apart, so it is needed.
-_graph_task: Callable[[], int] = torch._C._current_graph_task_id
-
-# torch._C._autograd._top_saved_tensors_default_hooks (torch 2.6): the saved-tensor hooks that are active, to hand on
-# to them. Without it rows of a wrapped window are kept for backward instead of being taken again.
+# Since torch 2.6. Without it rows of a wrapped window are kept for backward instead of being taken again.
 _top_hooks: Any = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
 
-# torch._C._functorch.get_interpreter_stack: is torch.func at work, and is it vmap? Without it these fail with torch's
-# own message about `setup_context`.
+# Without them torch.func and forward-mode differentiation fail with torch's own message about `setup_context`.
 _interpreters: Any = getattr(torch._C._functorch, 'get_interpreter_stack', lambda: None)
 _vmap: Any = getattr(getattr(torch._C._functorch, 'TransformType', None), 'Vmap', None)
-
-# torch.autograd.forward_ad._current_level: is forward-mode differentiation at work? Without it the same message.
 _forward_ad: Any = torch.autograd.forward_ad
+
+# Since torch 2.7. Without it an export that goes through the compiler fails with the compiler's own message.
+_EXPORTING = '_is_exporting_flag'
+
+# Where there is one, its module is called as timm calls it, and nothing stands in its place.
+_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 
 def recomputing() -> bool:
     """Is this forward pass inside a backward pass, as the second one of a checkpointed region is?"""
-    return _graph_task() != -1
+    return torch._C._current_graph_task_id() != -1
 
 
 def hooks_on_saved_tensors() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
-    """(pack, unpack) of the innermost `saved_tensors_hooks`, or None.
-
-    Raises:
-        LookupError: This version of torch does not tell.
-    """
+    """(pack, unpack) of the innermost `saved_tensors_hooks`, or None; a LookupError if torch does not tell."""
     if _top_hooks is None:
         raise LookupError('torch does not tell which saved-tensor hooks are active')
     return _top_hooks(True)
@@ -55,21 +46,13 @@ def transforming() -> bool:
 
 def vmapping() -> bool:
     """Is `torch.func.vmap` at work? In a compiled graph it is not seen."""
-    if torch.compiler.is_compiling():
-        return False
-    return any(interpreter.key() == _vmap for interpreter in _interpreters() or ())
+    return not torch.compiler.is_compiling() and any(each.key() == _vmap for each in _interpreters() or ())
 
 
 def exporting() -> bool:
     """Is `torch.export` at work?"""
     told = getattr(torch.compiler, _EXPORTING, None)
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling() if told is None else told
-
-    """Is a transform of `torch.func`, or forward-mode differentiation, at work? It is not seen in a compiled graph."""
-
-
-# torch 2.7, an export that goes through the compiler fails with the compiler's own message.
-_EXPORTING = '_is_exporting_flag'
 
 
 def is_replica(module: nn.Module) -> bool:
@@ -80,11 +63,6 @@ def is_replica(module: nn.Module) -> bool:
 def is_hooked(module: nn.Module) -> bool:
     """Has somebody registered a hook on its forward or backward pass?"""
     return any(getattr(module, name) for name in _HOOKS)
-
-
-# torch.nn.Module keeps its hooks here: where there is one, its module is called as timm calls it, and no operation
-# that changes nothing else stands in its place.
-_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:

@@ -3,16 +3,14 @@
 Early and late drop path are those of Liu et al., "Dropout Reduces Underfitting" (https://arxiv.org/abs/2303.01500).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 
 from .drop_path import StochasticDepth, derived
-from .private_api import is_replica
+from .refusals import check_counts_steps
 
 KINDS = ('warmup', 'early', 'late')
 
@@ -21,18 +19,14 @@ class DropPathRamp(nn.Module):
     """Multiplies every block's rate, 1 - p_l, by a factor that depends on the number of training steps so far.
 
     A step is one forward pass of the network in training mode, with gradients; of a converted one, of its first block
-    that trains.
-    The state dict holds their number as one scalar, `step`, which is how it survives timm's `--resume`. The number
+    that trains. The state dict holds their number as one scalar, `step`, which is how it survives timm's `--resume`.
     `steps_done` alone decides, so that no step waits for a device; the scalar is written at every step and read when a
     state dict is loaded. Who starts anew from such weights drops the key, or sets `steps_done` to 0.
 
     Args:
         kind: `'warmup'`, from 0 up to the whole rate in equal steps; `'early'`, on, then off; `'late'`, off, then on.
-        steps: When the warm-up ends, or when drop path is switched off or on.
+        steps: When the warm-up ends, or drop path is switched; at least 1, else a ValueError, as for `kind`.
         device: Device of the travelling scalar.
-
-    Raises:
-        ValueError: `kind` or `steps` is not allowed.
     """
 
     __jit_unused_properties__ = ('factor',)
@@ -41,9 +35,7 @@ class DropPathRamp(nn.Module):
         super().__init__()
         if kind not in KINDS or isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(_message((kind, steps)))
-        self.kind = kind
-        self.steps = steps
-        self.steps_done = 0
+        self.kind, self.steps, self.steps_done = kind, steps, 0
         self.step: Any
         self.register_buffer('step', torch.zeros((), dtype=torch.int64, device=device))
         self._drop_paths: list[StochasticDepth] = []
@@ -71,22 +63,10 @@ class DropPathRamp(nn.Module):
     @torch.compiler.disable
     def advance(self) -> None:
         """Set the rates for the training step that begins, and count it."""
-        if is_replica(self):
-            self.refuse_replica()
+        check_counts_steps(self)
         self._set(self.factor)
         self.steps_done += 1
         self.step.fill_(self.steps_done)
-
-    def refuse_replica(self) -> NoReturn:
-        """The network's replicas are thrown away after every step.
-
-        Raises:
-            RuntimeError: Always.
-        """
-        raise RuntimeError(
-            'drop_path_ramp must be None under DataParallel, whose replicas cannot count steps; use '
-            'DistributedDataParallel'
-        )
 
     def _set(self, factor: float) -> None:
         if self._factor != factor:
@@ -109,30 +89,12 @@ class DropPathRamp(nn.Module):
 
 
 def as_ramp(value: Any, device: Any = None) -> DropPathRamp | None:
-    """The ramp that `drop_path_ramp=value` asks for: a pair (kind, steps), or None.
-
-    Raises:
-        ValueError: It is neither.
-    """
+    """The ramp that `drop_path_ramp=value` asks for: a pair (kind, steps), or None; else a ValueError."""
     if value is None:
         return None
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(_message(value))
-    kind, steps = value
-    return DropPathRamp(kind, steps, device)
-
-
-def check_scriptable(ramp: DropPathRamp | None, training: bool) -> None:
-    """Raise where TorchScript would freeze the rate of the step that comes next.
-
-    Raises:
-        ValueError: A network with a ramp is scripted to train.
-    """
-    if ramp is not None and training:
-        raise ValueError(
-            f'drop_path_ramp must be None where a network is scripted to train, got {ramp}: TorchScript would freeze '
-            'the rate; train without torch.jit.script'
-        )
+    return DropPathRamp(value[0], value[1], device)
 
 
 def _message(value: Any) -> str:

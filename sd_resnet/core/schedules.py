@@ -1,13 +1,10 @@
-"""Survival probabilities p_1 .. p_L of the residual blocks of a network.
+"""Survival probabilities p_1 .. p_L of the residual blocks of a network: pure functions.
 
-Pure functions. Equation and section numbers refer to Huang et al., "Deep Networks with Stochastic Depth"
-(https://arxiv.org/abs/1603.09382).
+Equations and sections are those of Huang et al., "Deep Networks with Stochastic Depth" (arxiv.org/abs/1603.09382).
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -17,17 +14,12 @@ SCHEDULES = ('linear', 'uniform', 'timm')
 Schedule = str | Sequence[float]
 
 
-def survival_probs(
-    depth: int,
-    drop_path_rate: float | None = None,
-    schedule: Schedule = 'linear',
-) -> tuple[float, ...]:
-    """Survival probability of each residual block, from the first to the last.
+def survival_probs(depth: int, drop_path_rate: float | None = None, schedule: Schedule = 'linear') -> tuple[float, ...]:
+    """Survival probability of each residual block, from the first to the last: L probabilities in (0, 1].
 
     Args:
         depth: Number L of residual blocks, at least 1.
-        drop_path_rate: 1 - p_L, in [0, 1). None is 0.5, the paper's value. 0 means that nothing is dropped,
-            whatever the schedule.
+        drop_path_rate: 1 - p_L, in [0, 1). None is 0.5, the paper's value. 0 drops nothing, whatever the schedule.
         schedule: How p_l runs from the first block to the last:
 
             * `'linear'`: p_l = 1 - l/L (1 - p_L), the paper's equation 4
@@ -38,17 +30,13 @@ def survival_probs(
 
             A sequence states the probabilities itself and takes no `drop_path_rate` beside it, but for 0.
 
-    Returns:
-        L probabilities in (0, 1].
-
     Raises:
-        ValueError: An argument is outside what is allowed; the message names it, its value and the allowed values.
+        ValueError: An argument is outside what is allowed.
     """
     if not (isinstance(depth, int) and depth >= 1):
         raise ValueError(f'depth must be a whole number of at least 1, got {depth!r}')
     if drop_path_rate is not None and not (_is_number(drop_path_rate) and 0 <= drop_path_rate < 1):
         raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
-
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
             raise ValueError(_schedule_message(depth, schedule))
@@ -58,7 +46,6 @@ def survival_probs(
         if schedule == 'uniform':
             return (1 - rate,) * depth
         return tuple(1 - l / max(depth - 1, 1) * rate for l in range(depth))
-
     probs = _checked_sequence(depth, schedule)
     if drop_path_rate is None:
         return probs
@@ -71,36 +58,26 @@ def survival_probs(
 
 
 def expected_depth(probs: Sequence[float]) -> float:
-    """Mean number of active blocks in a training step, E(L~) = sum of p_l (section 3, "Expected network depth").
-
-    Args:
-        probs: Survival probabilities, as `survival_probs` gives them.
-    """
+    """Mean number of active blocks in a training step, E(L~) = sum of p_l (section 3, "Expected network depth")."""
     return math.fsum(probs)
 
 
 def _checked_sequence(depth: int, schedule: Any) -> tuple[float, ...]:
-    try:
-        values = tuple(schedule)
-    except TypeError:
-        raise ValueError(_schedule_message(depth, schedule)) from None
-    if not all(_is_number(p) and 0 < p <= 1 for p in values):
-        raise ValueError(_schedule_message(depth, schedule))
-    if len(values) == depth:
-        return tuple(float(p) for p in values)
-    if len(values) == 2 and depth > 2:
-        first, last = (float(p) for p in values)
-        return (*(first + (last - first) * l / (depth - 1) for l in range(depth - 1)), last)
+    values = tuple(schedule) if isinstance(schedule, Iterable) else ()
+    if all(_is_number(p) and 0 < p <= 1 for p in values):
+        if len(values) == depth:
+            return tuple(map(float, values))
+        if len(values) == 2 and depth > 2:
+            first, last = map(float, values)
+            return (*(first + (last - first) * l / (depth - 1) for l in range(depth - 1)), last)
     raise ValueError(_schedule_message(depth, schedule))
 
 
 def _schedule_message(depth: int, schedule: Any) -> str:
     names = ', '.join(repr(name) for name in SCHEDULES)
     pair = ' or a pair (first, last) of them' if depth > 2 else ''
-    return (
-        f'drop_path_schedule must be one of {names}, or a sequence of {depth} probabilities in (0, 1]{pair}, '
-        f'got {schedule!r}'
-    )
+    allowed = f'one of {names}, or a sequence of {depth} probabilities in (0, 1]{pair}'
+    return f'drop_path_schedule must be {allowed}, got {schedule!r}'
 
 
 def _is_number(value: Any) -> bool:

@@ -1,7 +1,5 @@
 """What TorchScript sees: timm's own classes, with a drop path that computes every branch and multiplies it by b_l."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,19 +13,14 @@ ModuleT = TypeVar('ModuleT', bound=nn.Module)
 
 
 class Gate(nn.Module):
-    """b_l of one block as a factor of its branch; TorchScript has no autograd function that could skip it.
+    """b_l of one block as a factor of its branch, in the place of its drop path; TorchScript has no way to skip it.
 
     The odds are those of the mode. Nothing is saved, and BatchNorm sees every row.
-
-    Args:
-        drop_path: What it stands for.
     """
 
     def __init__(self, drop_path: StochasticDepth) -> None:
         super().__init__()
-        self.training = drop_path.training
-        self.p_l = drop_path.p_l
-        self.mode = drop_path.mode
+        self.training, self.p_l, self.mode = drop_path.training, drop_path.p_l, drop_path.mode
         self.letter = drop_path.rescale == 'test'
         if self.letter:
             self.register_buffer('survival_prob', drop_path.survival_prob)  # a scripted state dict has it too
@@ -45,10 +38,8 @@ class Gate(nn.Module):
         """1 for a surviving row, else 0; shape (N, 1, ..., 1), or (1, 1, ..., 1) in batch mode."""
         batch = x.shape[0]
         ones = [1] * (x.dim() - 1)
-        if self.mode == 'batch':
-            return x.new_empty([1] + ones).bernoulli_(self.p_l)
-        if self.mode == 'row':
-            return x.new_empty([batch] + ones).bernoulli_(self.p_l)
+        if self.mode != 'subset':
+            return x.new_empty([1 if self.mode == 'batch' else batch] + ones).bernoulli_(self.p_l)
         share = self.p_l * batch
         rows = int(share) + int(torch.rand(1).item() < share - int(share))
         position = torch.arange(batch, device=x.device) - int(torch.randint(max(batch, 1), (1,)).item())
@@ -71,13 +62,9 @@ def copy_sharing_tensors(module: ModuleT) -> ModuleT:
 
 
 def become_plain(module: nn.Module, drop_path: Callable[[StochasticDepth], nn.Module | None]) -> None:
-    """Give a network of this package, or a part of one, timm's own classes, in place.
+    """Give a network of this package, a stage or a block, timm's own classes, in place.
 
-    A change of class, not a new network: devices, types, hooks and whatever was replaced stay.
-
-    Args:
-        module: A network, a stage or a block.
-        drop_path: What comes in the place of each block's.
+    Devices, types, hooks and whatever was replaced stay. `drop_path` gives what comes in the place of each block's.
     """
     for child in list(module.modules()):
         plain_class = getattr(child, 'plain_class', None)

@@ -1,7 +1,6 @@
-"""The model card of a published network: what the run's record holds, and nothing else."""
+"""The card of a published network: what the run's record holds, in the words of `hub/model_card.md`, and a picture."""
 
-from __future__ import annotations
-
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +11,33 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .. import __version__
 from ..analysis.costs import NetworkCost
 from ..analysis.runs import Run
+from ..figures import KEPT, OTHER, new_figure, save_figure
 from ..resnets.checkpoints import NO_PLAIN_CIFAR
 from ..resnets.resnet_imagenet import StochasticResNet
 
+Epochs = Sequence[Mapping[str, float]]
+
 UNKNOWN = 'not recorded'
 OWNER = 'USER'  # in a card, until it is published
+_LR_BASE = ('lr_base', 'lr_base_size', 'lr_base_scale')
 # Of `args.yaml`, in the order of the card; the rest is in the file.
 _RECIPE = (
-    *('epochs', 'batch_size', 'grad_accum_steps', 'opt', 'lr', 'lr_base', 'lr_base_size', 'lr_base_scale', 'momentum'),
-    *('weight_decay', 'clip_grad', 'sched', 'warmup_epochs', 'img_size', 'train_crop_mode', 'scale', 'ratio', 'hflip'),
-    *('color_jitter', 'aa', 'reprob', 'mixup', 'cutmix', 'smoothing', 'drop', 'amp', 'amp_dtype', 'model_ema'),
-    *('model_ema_decay', 'seed', 'device', 'notes'),
+    *('epochs', 'batch_size', 'grad_accum_steps', 'opt', 'lr', *_LR_BASE, 'momentum', 'weight_decay', 'clip_grad'),
+    *('sched', 'warmup_epochs', 'img_size', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'color_jitter', 'aa'),
+    *('reprob', 'mixup', 'cutmix', 'smoothing', 'drop', 'amp', 'amp_dtype', 'model_ema', 'model_ema_decay', 'seed'),
+    *('device', 'notes'),
 )
-_ONLY_WITH = {'amp_dtype': 'amp', 'model_ema_decay': 'model_ema'}
-_IN_TRAINING = {
-    'batch': 'a dropped block runs neither forward nor backward',
-    'subset': 'a block runs, forward and backward, for the samples that keep it and for no other',
-    'row': 'the branch of a sample that drops it is computed and multiplied by 0',
-}
-_LIMITS = (
-    'Trained and tested on one data set and one split, by one run; nothing is known of other images. Scores are not '
-    'calibrated probabilities.'
-)
+_LABELS = {'batch_size': 'batch size of each device'}
+_VALUES = {'opt sgd': 'sgd (with Nesterov momentum, as timm builds it)'}
 
 
 def describe(
     run: Run, trained: Any, model: Any, cost: NetworkCost, sha256: str, license: str | None, dataset: str | None
 ) -> dict[str, Any]:
-    """The record: all that the card says, in plain Python.
-
-    Args:
-        run: The training run.
-        trained: Its network.
-        model: What is published: `trained`, or the same network folded.
-        cost: Of `trained`, at the run's image size.
-        sha256: Of the published weights.
-        license: The Hub's name of the weights' licence.
-        dataset: The data set's name on the Hub; None takes the run's, where that came from the Hub.
-    """
+    """The record of `model`, which is what was `trained`, or folded: all that the card says, in plain Python."""
     cfg, schedule, given = trained.pretrained_cfg, trained.drop_path_schedule, str(run.args.get('dataset') or '')
+    shown = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+    torch_version = torch.__version__.split('+')[0]
     return {
         'architecture': model.pretrained_cfg['architecture'],
         'trained_as': cfg['architecture'],
@@ -74,134 +61,87 @@ def describe(
             'mode': trained.drop_path_mode,
             'rescale': trained.drop_path_rescale,
             'ramp': (run.args.get('model_kwargs') or {}).get('drop_path_ramp'),
-            'share': round(cost.share(_computed(trained)), 3),
+            'share': 1.0 if trained.drop_path_mode == 'row' else round(cost.share(trained.survival_probs), 3),
             'probabilities': [round(p, 6) for p in trained.survival_probs],
         },
-        'preprocessing': {
-            key: list(cfg[key]) if isinstance(cfg[key], tuple) else cfg[key]
-            for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
-        },
-        'published_with': {
-            'sd-resnet': __version__,
-            'timm': timm.__version__,
-            'torch': str(torch.__version__).split('+')[0],
-        },
+        'preprocessing': {key: list(cfg[key]) if isinstance(cfg[key], tuple) else cfg[key] for key in shown},
+        'published_with': {'sd-resnet': __version__, 'timm': timm.__version__, 'torch': torch_version},
     }
 
 
-def _computed(trained: Any) -> list[float]:
-    """Share of each block's branch that a training step computes on average."""
-    return [1.0] * len(trained.survival_probs) if trained.drop_path_mode == 'row' else list(trained.survival_probs)
-
-
-def constant_depth(record: dict[str, Any]) -> bool:
-    """Was nothing ever dropped?"""
-    return min(record['survival']['probabilities']) == 1
-
-
-def skips_work(record: dict[str, Any]) -> bool:
-    """Did its training leave work out?"""
-    return record['survival']['share'] < 1
-
-
 def model_card(record: dict[str, Any], run: Run, repo_id: str) -> ModelCard:
-    """The card of a run, from `hub/model_card.md`; what the record does not hold is called "not recorded"."""
-    metrics, dataset = record['metrics'], record['dataset'] or run.args.get('dataset') or UNKNOWN
+    """The card of a run; what the record does not hold is called "not recorded"."""
+    dataset, metrics, task = record['dataset'], record['metrics'], 'image-classification'
+    named = dataset or run.args.get('dataset') or UNKNOWN
+    split = {'dataset_split': record['split']}
+    kinds = (('eval_top1', 'accuracy', 'top-1 accuracy (%)'), ('eval_top5', 'top-5-accuracy', 'top-5 accuracy (%)'))
     results = [
-        EvalResult(
-            task_type='image-classification',
-            dataset_type=record['dataset'] or 'unknown',
-            dataset_name=dataset,
-            dataset_split=record['split'],
-            metric_type=kind,
-            metric_name=label,
-            metric_value=round(metrics[key], 3),
-        )
-        for key, kind, label in (
-            ('eval_top1', 'accuracy', 'top-1 accuracy (%)'),
-            ('eval_top5', 'top-5-accuracy', 'top-5 accuracy (%)'),
-        )
+        EvalResult(task, dataset or 'unknown', named, kind, round(metrics[key], 3), metric_name=name, **split)
+        for key, kind, name in kinds
         if key in metrics
     ]
-    name, survival, constant = repo_id.split('/')[-1], record['survival'], constant_depth(record)
-    scaled = not constant and survival['rescale'] == 'test'
     data = ModelCardData(
         library_name='timm',
-        pipeline_tag='image-classification',
+        pipeline_tag=task,
         license=record['license'] or 'unknown',
-        tags=['image-classification', 'timm', 'stochastic-depth'],
-        datasets=[record['dataset']] if record['dataset'] else None,
+        tags=[task, 'timm', 'stochastic-depth'],
+        datasets=[dataset] if dataset else None,
         base_model=record['base_model'],
-        metrics=sorted({result.metric_type for result in results if result.metric_type == 'accuracy'}) or None,
-        model_name=name,
+        metrics=['accuracy'] if 'eval_top1' in metrics else None,
+        model_name=repo_id.split('/')[-1],
         eval_results=results or None,
     )
-    accuracy = UNKNOWN
-    if results:
-        values = ', '.join(f'{result.metric_value} % {str(result.metric_name).split()[0]}' for result in results)
-        accuracy = f'{values} (split {record["split"]})'
-    return ModelCard.from_template(
-        data,
-        template_str=_template().read_text(encoding='utf-8'),
-        title=name,
-        repo_id=repo_id,
-        record=record,
-        test_time=_test_time(record),
-        accuracy=accuracy,
-        weights=_weights(record['checkpoint']),
-        license=record['license'] or UNKNOWN,
-        dataset=dataset,
-        curve=bool(run.epochs),
-        constant=constant,
-        scaled=scaled,
-        ordinary=not scaled or record['plain'],  # no survival probabilities in the weights
-        skips=skips_work(record),
-        in_training=_IN_TRAINING[survival['mode']],
-        packaged=bool(run.args.get('packaged')),
-        recipe=_recipe(record, run.args),
-        limits=_LIMITS + (f' {NO_PLAIN_CIFAR}.' if record['folded'] is False and record['plain'] else ''),
-    )
+    # In an installed package the template lies in the package, in a checkout in `hub/`.
+    places = (parent / 'model_card.md' for parent in (Path(__file__).parents[1], Path(__file__).parents[2] / 'hub'))
+    template = str(next(path for path in places if path.is_file()))
+    facts: dict[str, Any] = {'record': record, 'run': run, 'repo_id': repo_id, 'dataset': named, 'results': results}
+    facts |= {'recipe': _recipe(run.args), 'unknown': UNKNOWN, 'no_plain_cifar': NO_PLAIN_CIFAR}
+    return ModelCard.from_template(data, template, **facts)
 
 
-def _recipe(record: dict[str, Any], args: dict[str, Any]) -> list[tuple[str, str]]:
+def _recipe(args: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The settings that were on, by what the card calls them."""
+    off = {'amp_dtype': not args.get('amp'), 'model_ema_decay': not args.get('model_ema')}
+    off |= dict.fromkeys(_LR_BASE, args.get('lr') is not None)
     rows = []
-    if begin := record['base_model'] or args.get('pretrained_path') or args.get('initial_checkpoint'):
-        rows.append(('started from', str(begin)))
     for name in _RECIPE:
         value = args.get(name)
-        if value is None or value is False or value == '':  # a seed of 0 is a fact
+        if off.get(name) or value is None or value is False or value == '':  # a seed of 0 is a fact
             continue
-        without = name in _ONLY_WITH and not args.get(_ONLY_WITH[name])
-        if without or (name.startswith('lr_base') and args.get('lr') is not None):
-            continue
-        label = 'batch size of each device' if name == 'batch_size' else name.replace('_', ' ')
-        if name == 'opt' and value == 'sgd':
-            value = 'sgd (with Nesterov momentum, as timm builds it)'
-        rows.append((label, ', '.join(map(str, value)) if isinstance(value, list) else str(value)))
-    for label, key in (
-        ('hardware', 'hardware'),
-        ('source commit', 'source_commit'),
-        ('for comparison', 'baseline'),
-    ):
-        rows.append((label, str(args.get(key) or UNKNOWN)))
-    rows.append(('published with', ', '.join(f'{k} {v}' for k, v in record['published_with'].items())))
+        value = ', '.join(map(str, value)) if isinstance(value, list) else _VALUES.get(f'{name} {value}', value)
+        rows.append((_LABELS.get(name, name.replace('_', ' ')), value))
     return rows
 
 
-def _weights(checkpoint: dict[str, Any]) -> str:
-    average = ', moving average (EMA)' if checkpoint['averaged'] else ''
-    epoch = UNKNOWN if checkpoint['epoch'] is None else f'{checkpoint["epoch"]} (the first is 0)'
-    return f'`{checkpoint["file"]}`{average}, epoch {epoch}'
+def plot_training(epochs: Epochs, path: Path, constant: bool = False) -> None:
+    """Draw a run's losses and accuracies per epoch, as far as `summary.csv` has them; `constant` is constant depth."""
+    figure, ((losses, accuracies),) = new_figure(2)
+    color = OTHER if constant else KEPT
+    draw_training(losses, accuracies, epochs, color, 'top 1')
+    if any(epoch.get('eval_top5', 100) < 100 for epoch in epochs):
+        _draw(accuracies, epochs, 'eval_top5', '--', color, 'top 5')
+    for axis in (losses, accuracies):
+        if axis.has_data():
+            axis.legend(fontsize=8, frameon=False)
+    save_figure(figure, path)
 
 
-def _test_time(record: dict[str, Any]) -> str:
-    if record['survival']['rescale'] == 'train':
-        return "nothing is scaled (timm's convention)"
-    folded = ', which is folded into the weights here' if record['plain'] else ''
-    return f'each branch is multiplied by its survival probability{folded}'
+def draw_training(losses: Any, accuracies: Any, epochs: Epochs, color: str, title: str, named: bool = True) -> None:
+    """Add a run to two axes; `named` says what the losses are, once for all runs."""
+    _draw(losses, epochs, 'train_loss', '--', color, "training, the recipe's loss and images" if named else None)
+    _draw(losses, epochs, 'eval_loss', '-', color, 'test images' if named else None)
+    _draw(accuracies, epochs, 'eval_top1', '-', color, title)
+    shown = [value for line in losses.get_lines() for value in line.get_ydata()]
+    if shown and max(shown) > 10 * min(shown) > 0:
+        losses.set_yscale('log')
+    for axis, label in ((losses, 'loss (cross entropy)'), (accuracies, 'test accuracy (%)')):
+        axis.set(xlabel='epoch', ylabel=label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _template() -> Path:
-    """In an installed package beside this file, in a checkout in `hub/`."""
-    installed = Path(__file__).parent.parent / 'model_card.md'
-    return installed if installed.is_file() else Path(__file__).parents[2] / 'hub' / 'model_card.md'
+def _draw(axis: Any, epochs: Epochs, key: str, style: str, color: str, label: str | None) -> None:
+    """A metric over how often the images had been seen; timm's first epoch is 0, and not every one need be measured."""
+    if all(key in epoch for epoch in epochs):
+        passes = [epoch.get('epoch', index) + 1 for index, epoch in enumerate(epochs)]
+        marker = 'o' if len(epochs) == 1 else None  # one point makes no line
+        axis.plot(passes, [epoch[key] for epoch in epochs], style, marker=marker, color=color, label=label)

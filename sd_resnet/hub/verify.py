@@ -1,16 +1,15 @@
 """`sd-resnet verify`: is a repository, a cached copy of one, or a folder what it says it is?
 
-Each check raises a `VerificationError` of one line, cause and cure. They go from the bytes to the function: files,
-hashes, tensors, configuration, loading, folding.
+The checks go from the bytes to the function: files, hashes, tensors, configuration, loading, folding.
 """
 
-from __future__ import annotations
-
+import glob
 import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,175 +17,151 @@ from typing import Any
 import timm
 import torch
 import yaml
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.utils.sha import git_hash
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import PretrainedCfg, build_model_with_cfg
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import VerificationError, damage, explain, one_line
+from ..errors import VerificationError, explain, explained, one_line
 from ..resnets.checkpoints import fold
 from ..resnets.network import StochasticDepthNet
 from ..resnets.packaged import CONFIG, WEIGHTS
 
 CARD, RECORD = 'README.md', 'record.yaml'
-OTHER_WEIGHTS = ('*.bin', '*.pth', '*.pt', '*.tar', '*.ckpt', '*.npz', '*.h5', '*.msgpack', '*.safetensors')
+_WEIGHTS_ENDINGS = ('.bin', '.pth', '.pt', '.tar', '.ckpt', '.npz', '.h5', '.msgpack', '.safetensors')
+_OTHER_CONTENTS = {b'<': 'holds a web page', b'version https://git-lfs': 'holds a pointer of Git LFS'}
 _HASH = r'[0-9a-f]{40}|[0-9a-f]{64}'  # of git, or sha256
 # Of a configuration's `pretrained_cfg`: what would take weights from elsewhere, or other code to read them.
 _NOT_PUBLISHED = ('url', 'file', 'state_dict', 'custom_load')
 # Of its `model_args`: what is addressed to timm's builders, and not to the network.
-_BUILDER_ARGS = {
-    *inspect.signature(timm.create_model).parameters,
-    *inspect.signature(build_model_with_cfg).parameters,
-    *('features_only', 'feature_cls', 'out_indices'),
-}
+_BUILDER_ARGS = {'features_only', 'feature_cls', 'out_indices', *inspect.signature(timm.create_model).parameters}
+_BUILDER_ARGS |= set(inspect.signature(build_model_with_cfg).parameters)
 
 Report = Callable[[str], None]
 
 
 def verify(target: str, fix: bool = False, report: Report = print) -> None:
-    """Check a repository of the Hugging Face Hub, or a folder laid out like one.
+    """Check a repository, `USER/NAME[@REVISION]`, or a folder laid out like one; `report` gets a line a check.
 
-    A repository is downloaded into the cache where it is not there yet; without a network, what the cache holds is
-    checked against the hashes that the cache recorded.
-
-    Args:
-        target: `USER/NAME`, `USER/NAME@REVISION`, or a folder; timm's prefixes `hf-hub:` and `local-dir:` are allowed.
-        fix: Download damaged files of the cache again.
-        report: Is given one line for each check that passes.
-
-    Raises:
-        VerificationError: The first check that fails.
+    A repository is downloaded into the cache where it is not there yet, and with `fix` where it is damaged; without a
+    network, what the cache holds is checked against the hashes that the cache recorded. The first check that fails is a
+    VerificationError.
     """
     name = re.sub(r'^(hf[-_]hub|local-dir):', '', target)
-    cache = None
-    if Path(name).is_dir() and fix:
-        name, cache = _cached_repository(Path(name))
-    if Path(name).is_dir():
-        folder = Path(name)
-        recorded = _recorded_hashes(folder)
-        _check_names({path.name for path in folder.iterdir() if path.is_file()}, _read_config_if_there(folder), name)
-        _check_hashes(folder, recorded, name, report)
+    folder, others = Path(name), list[str]()
+    if folder.is_dir() and not fix:
+        _check_folder(folder, name, report)
     else:
-        try:
-            folder, name = _fetch(name, fix, report, cache)
-        except VerificationError:
-            raise
-        except Exception as error:
-            raise VerificationError(explain(error, name)) from error
-    check_contents(folder, name, report)
+        name, cache = _cached_repository(folder) if folder.is_dir() else (name, None)
+        with explained(name):
+            folder, name, others = _fetch(name, cache, fix, report)
+    check_contents(folder, name, report, others)
 
 
-def check_contents(folder: Path, name: str, report: Report = lambda line: None) -> Any:
-    """Check that a folder's weights and configuration belong together, load, and fold.
+def check_contents(folder: Path, name: str, report: Report = lambda line: None, others: Iterable[str] = ()) -> Any:
+    """The network that a folder's weights and configuration give, if they belong together, load, and fold.
 
-    Args:
-        folder: Holds `model.safetensors` and `config.json`.
-        name: For messages.
-        report: Is given one line for each check that passes.
-
-    Returns:
-        The model, in evaluation mode.
-
-    Raises:
-        VerificationError: The first check that fails.
+    `others` are files with weights that the repository has and the folder need not have; `name` is for messages.
     """
     tensors = read_tensors(folder / WEIGHTS, name)
-    wrong = next((k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()), None)
-    if wrong is not None:
-        raise VerificationError(f'{name}: {wrong} is not finite: the training diverged; take an earlier checkpoint')
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise VerificationError(f'{name}: {key} is not finite: the training diverged; take an earlier checkpoint')
     report(f'tensors      {len(tensors)} in {WEIGHTS}')
-    config = check_config(folder, name)
-    model = _check_fit(folder, tensors, name)
+    with refusing(f'{name}: {CONFIG} is not JSON', 'publish it again', ValueError, OSError):
+        config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
+    for fault in _faults(config, [*others, *other_weights(path.name for path in folder.iterdir())]):
+        raise VerificationError(f'{name}: {CONFIG}: {fault}')
+    with refusing(f'{name}: {CONFIG} builds no model', 'correct model_args', Exception):
+        model: Any = timm.create_model(f'local-dir:{folder}')
+    for key, built in model.state_dict().items():
+        if key.endswith('.survival_prob') and not torch.equal(built, tensors.get(key, built)):
+            reason = f'{name}: the survival probabilities of {CONFIG} are not those of {WEIGHTS}'
+            raise VerificationError(f'{reason}; correct drop_path_rate and drop_path_schedule in model_args')
+    with refusing(f'{name}: {WEIGHTS} does not fit {CONFIG}', 'publish both again', RuntimeError, AttributeError):
+        model.load_state_dict(tensors)
     report(f'config       {config["architecture"]}, {model.num_classes} classes')
-    try:
-        loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    except Exception as error:
-        raise VerificationError(f'{name} does not load: {one_line(error)}; publish it again') from error
-    if not _equal(loaded.state_dict(), tensors):
+    with refusing(f'{name} does not load', 'publish it again', Exception):
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    if not equal(model.state_dict(), tensors):
         raise VerificationError(f'{name}: loading changes tensors; publish it again with a config.json of its own')
     report('loads        every tensor as in the file')
-    _check_folding(loaded, name, report)
-    return loaded
+    if not isinstance(model, StochasticDepthNet):
+        report(f'plain        {type(model).__name__} of timm, nothing to fold')
+        return model
+    folded = fold(model).eval()  # to plain timm, or for the CIFAR nets to rate 0
+    check_function(model, folded, f'{name}: folding changes the outputs; publish the weights again')
+    report(f'folds        outputs equal to 1e-5 of the largest ({type(folded).__name__})')
+    return model
 
 
 @torch.no_grad()
 def check_function(model: Any, other: Any, message: str) -> None:
-    """Compare two networks' outputs in evaluation mode, to 1e-5 of the largest.
-
-    Raises:
-        VerificationError: They differ; with this message.
-    """
+    """Compare two networks' outputs in evaluation mode, to 1e-5 of the largest; `message` says that they differ."""
     images = torch.rand(2, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
     expected, found = model(images), other(images)
     if expected.shape != found.shape or not (expected - found).abs().max() <= 1e-5 * expected.abs().max():
         raise VerificationError(message)
 
 
-def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """A safetensors file's tensors.
+@contextmanager
+def refusing(reason: str, cure: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds become a `VerificationError` of one line."""
+    try:
+        yield
+    except kinds as error:
+        raise VerificationError(f'{reason}: {one_line(error)}; {cure}') from error
 
-    Raises:
-        VerificationError: The file is not whole, or something else.
-    """
+
+def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
+    """A safetensors file's tensors, if it is whole."""
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise VerificationError(f'{name}: {path.name} {damage(path) or one_line(error)}; publish it again') from error
+        start = path.read_bytes()[:64].lstrip()
+        otherwise = f'is cut short or damaged ({one_line(error)})' if start else 'is empty'
+        found = next((said for begin, said in _OTHER_CONTENTS.items() if start.startswith(begin)), otherwise)
+        raise VerificationError(f'{name}: {path.name} {found}; publish it again') from error
 
 
-def check_config(folder: Path, name: str) -> dict[str, Any]:
-    """`config.json`, if timm can use it and it takes nothing from elsewhere.
-
-    Raises:
-        VerificationError: It is not, or names what a published configuration must not.
-    """
-    where = f'{name}: {CONFIG}'
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
-    except (ValueError, OSError) as error:
-        raise VerificationError(f'{where} is not JSON ({one_line(error)}); publish it again') from error
-    if not isinstance(config, dict) or not isinstance(config.get('architecture'), str):
-        raise VerificationError(f'{where} names no architecture; add "architecture", or publish it again')
-    architecture, cfg = config['architecture'], config.get('pretrained_cfg', {})
-    if not timm.is_model(architecture.split('.')[0]):
-        raise VerificationError(
-            f'{where} names the unknown architecture {architecture!r}; install the plugin that has it, or a newer timm'
-        )
-    if not isinstance(cfg, dict) or not isinstance(config.get('model_args', {}), dict):
-        raise VerificationError(f'{where}: pretrained_cfg and model_args must hold names and values; publish it again')
-    unknown = sorted(set(cfg) - {field.name for field in fields(PretrainedCfg)})
-    if unknown and 'pretrained_cfg' in config:
-        raise VerificationError(
-            f'{where}: timm {timm.__version__} does not know {", ".join(unknown)} in pretrained_cfg; remove it, or '
-            'install a newer timm'
-        )
-    elsewhere = [key for key in _NOT_PUBLISHED if cfg.get(key)]
-    if elsewhere:
-        raise VerificationError(
-            f'{where}: {elsewhere[0]}={cfg[elsewhere[0]]!r} in pretrained_cfg takes weights from elsewhere; remove it'
-        )
-    if builders := sorted(_BUILDER_ARGS & set(config.get('model_args', {}))):
-        raise VerificationError(f'{where}: {builders[0]} in model_args is no argument of a network; remove it')
-    if cfg.get('hf_hub_filename', WEIGHTS) != WEIGHTS:
-        raise VerificationError(
-            f'{where}: hf_hub_filename must be {WEIGHTS!r}, got {cfg["hf_hub_filename"]!r}; publish it again'
-        )
-    return config
+def equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Do two state dicts hold the same?"""
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[key]) for key, tensor in a.items())
 
 
 def file_hash(path: Path, length: int = 64) -> str:
     """The hash that the Hub records of a file: sha256 of a large one (64 digits), git's of a small one (40)."""
-    if length == 64:
-        digest = hashlib.sha256()
-    else:
-        digest = hashlib.sha1(usedforsecurity=False)
-        digest.update(f'blob {path.stat().st_size}\0'.encode())
-    with path.open('rb') as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    content = path.read_bytes()
+    return git_hash(content) if length == 40 else hashlib.sha256(content).hexdigest()
+
+
+def other_weights(files: Iterable[str]) -> list[str]:
+    """Those that timm may load in the place of `model.safetensors`; of folders it looks into none."""
+    return sorted(f for f in files if '/' not in f and f != WEIGHTS and f.endswith(_WEIGHTS_ENDINGS))
+
+
+def _faults(config: Any, others: list[str]) -> Iterator[str]:
+    """What a published configuration must not be, with the cure; after the first nothing is sure."""
+    if not isinstance(config, dict) or not isinstance(config.get('architecture'), str):
+        yield 'names no architecture; add "architecture", or publish it again'
+    name, cfg, args = config['architecture'], config.get('pretrained_cfg', {}), config.get('model_args', {})
+    if not timm.is_model(name.split('.')[0]):
+        yield f'names the unknown architecture {name!r}; install the plugin that has it, or a newer timm'
+    if not isinstance(cfg, dict) or not isinstance(args, dict):
+        yield 'pretrained_cfg and model_args must hold names and values; publish it again'
+    if unknown := ', '.join(sorted(set(cfg) - {field.name for field in fields(PretrainedCfg)})):
+        yield f'timm {timm.__version__} does not know {unknown} in pretrained_cfg; remove it, or install a newer timm'
+    for key in filter(cfg.get, _NOT_PUBLISHED):
+        yield f'{key}={cfg[key]!r} in pretrained_cfg takes weights from elsewhere; remove it'
+    for key in sorted(_BUILDER_ARGS & set(args)):
+        yield f'{key} in model_args is no argument of a network; remove it'
+    if (filename := cfg.get('hf_hub_filename')) not in (None, WEIGHTS):
+        yield f'hf_hub_filename must be {WEIGHTS!r}, got {filename!r}; publish it again'
+    if others and filename is None:
+        also = f'the repository also holds {others[0]}, which timm loads in silence when {WEIGHTS} fails'
+        yield f'{also}; delete it, or set hf_hub_filename to {WEIGHTS!r} in pretrained_cfg'
 
 
 def _cached_repository(folder: Path) -> tuple[str, Path]:
@@ -198,145 +173,69 @@ def _cached_repository(folder: Path) -> tuple[str, Path]:
     return f'{match[1]}/{match[2]}@{folder.name}', snapshots.parent.parent
 
 
-def _fetch(name: str, fix: bool, report: Report, cache: Path | None = None) -> tuple[Path, str]:
-    """The repository's folder in the cache, each file checked against the Hub's record, and its full name."""
+def _fetch(name: str, cache: Path | None, fix: bool, report: Report) -> tuple[Path, str, list[str]]:
+    """A repository's folder in the cache, checked against the Hub's record; its full name, and its other weights."""
     repo_id, _, revision = name.partition('@')
+    source: Any = {'repo_id': repo_id, 'revision': revision or None, 'cache_dir': cache}
     try:
         info = HfApi().model_info(repo_id, revision=revision or None, files_metadata=True)
     except Exception as error:
-        if isinstance(error, HfHubHTTPError) and getattr(error.response, 'status_code', 500) < 500:
+        answered = getattr(getattr(error, 'response', None), 'status_code', 500) < 500
+        if answered or not isinstance(config := try_to_load_from_cache(**source, filename=CONFIG), str):
             raise
-        if isinstance(error, HFValidationError):
-            raise
-        try:
-            folder = Path(
-                hf_hub_download(repo_id, CONFIG, revision=revision or None, cache_dir=cache, local_files_only=True)
-            ).parent
-        except LocalEntryNotFoundError:
-            raise error from None
         report(f'offline      {explain(error, name)}: only the copy in the cache is checked')
-        _check_names({path.name for path in folder.iterdir()}, _read_config_if_there(folder), name)
-        _check_hashes(folder, _recorded_hashes(folder), name, report)
-        return folder, name
-    full = f'{repo_id}@{info.sha}'
+        _check_folder(Path(config).parent, name, report)
+        return Path(config).parent, name, []
+    name = f'{repo_id}@{info.sha}'
     hashes = {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id for s in info.siblings or []}
-    recorded = {file: digest for file, digest in hashes.items() if digest and not other_weights(file)}
-
-    def fetch(file: str, force: bool = False) -> Path:
-        return Path(hf_hub_download(repo_id, file, revision=revision or None, cache_dir=cache, force_download=force))
-
-    config = fetch(CONFIG).parent if CONFIG in recorded else None
-    _check_names(set(hashes), _read_config_if_there(config), full)
+    _check_names(hashes, name)
+    others = other_weights(hashes)
+    recorded = {file: digest for file, digest in hashes.items() if digest and file not in others}
+    folder = Path(snapshot_download(**source, allow_patterns=[glob.escape(file) for file in recorded]))
+    if folder.name != info.sha:
+        raise VerificationError(f'{repo_id} was changed meanwhile; verify it again')
     for file, digest in recorded.items():
-        path = fetch(file)
-        if file_hash(path, len(digest)) != digest and fix:
-            path = fetch(file, force=True)
-            report(f'fixed        {file} was damaged in the cache, and is downloaded again')
-        found = file_hash(path, len(digest))
-        if found != digest:
-            if HfApi().model_info(repo_id, revision=revision or None).sha != info.sha:
-                raise VerificationError(f'{repo_id} was changed meanwhile; verify it again')
-            cure = f'the Hub sends other bytes than it recorded: publish {file} again' if fix else 'run with --fix'
-            raise VerificationError(f'{full}: {file} is damaged ({_mismatch(digest, found)}); {cure}')
-        blob = path.resolve().name
+        blob = (folder / file).resolve().name
         if len(blob) == len(digest) and blob != digest:
-            raise VerificationError(
-                f'{full}: the Hub announced {file} as {blob[:12]}… and recorded it as {digest[:12]}…; something '
-                'between changes its answers: try another connection'
-            )
+            announced = f'{file} was announced as {blob[:12]}… and recorded as {digest[:12]}…'
+            raise VerificationError(f'{name}: {announced}; something changes the answers: try another connection')
+        if fix and file_hash(folder / file, len(digest)) != digest:
+            hf_hub_download(**source, filename=file, force_download=True)
+            report(f'fixed        {file} was damaged in the cache, and is downloaded again')
+    cure = 'the Hub sends other bytes than it recorded: publish it again' if fix else 'run with --fix'
+    _check_hashes(folder, recorded, name, cure)
     report(f'hashes       {len(recorded)} files as the Hub recorded them, revision {info.sha}')
-    return fetch(CONFIG).parent, full
+    return folder, name, others
 
 
-def _recorded_hashes(folder: Path) -> dict[str, str]:
+def _check_folder(folder: Path, name: str, report: Report) -> None:
     """By the cache, whose files are named after their hash, and by the record that is published with the weights."""
     recorded = {}
     for path in folder.iterdir():
         blob = path.resolve()
         if not blob.exists():
             raise VerificationError(f'{folder}: {path.name} is lost from the cache; load it again while online')
-        if path.is_symlink() and re.fullmatch(_HASH, blob.name):
+        if path.is_symlink() and re.fullmatch(_HASH, blob.name) and not other_weights([path.name]):
             recorded[path.name] = blob.name
+    cure = 'run with --fix while online' if recorded else 'copy or publish it again'
     if (folder / RECORD).is_file():
-        try:
+        with refusing(f'{folder}: {RECORD} is damaged', 'publish it again', Exception):
             sha256 = yaml.safe_load((folder / RECORD).read_text(encoding='utf-8'))['sha256']
             recorded.setdefault(WEIGHTS, re.fullmatch(_HASH, sha256)[0])  # type: ignore[index]
-        except (yaml.YAMLError, KeyError, TypeError, ValueError):
-            raise VerificationError(f'{folder}: {RECORD} is damaged; publish it again') from None
-    return recorded
-
-
-def _check_hashes(folder: Path, recorded: Mapping[str, str], name: str, report: Report) -> None:
-    for file, digest in recorded.items():
-        if not other_weights(file) and (found := file_hash(folder / file, len(digest))) != digest:
-            cure = 'run with --fix while online' if (folder / file).is_symlink() else 'copy or publish it again'
-            raise VerificationError(f'{name}: {file} is damaged ({_mismatch(digest, found)}); {cure}')
+    _check_names([path.name for path in folder.iterdir() if path.is_file()], name)
+    _check_hashes(folder, recorded, name, cure)
     report(f'hashes       {len(recorded)} files as recorded' if recorded else 'hashes       none are recorded')
 
 
-def _check_names(names: set[str], config: Mapping[str, Any], name: str) -> None:
-    others = sorted(file for file in names if other_weights(file))
-    if WEIGHTS not in names:
-        found = f' but {", ".join(others)}' if others else ''
-        raise VerificationError(f'{name} holds no {WEIGHTS}{found}; publish the weights with: sd-resnet push')
-    if CONFIG not in names:
-        raise VerificationError(f'{name} holds no {CONFIG}; publish it again with: sd-resnet push')
-    cfg = config.get('pretrained_cfg')
-    if others and not (isinstance(cfg, dict) and cfg.get('hf_hub_filename') == WEIGHTS):
-        raise VerificationError(
-            f'{name} also holds {others[0]}, which timm loads in silence when {WEIGHTS} fails; delete it, or set '
-            f'hf_hub_filename to {WEIGHTS!r} in pretrained_cfg of {CONFIG}'
-        )
+def _check_names(names: Iterable[str], name: str) -> None:
+    others = ', '.join(other_weights(names))
+    for file, found in ((WEIGHTS, f' but {others}' if others else ''), (CONFIG, '')):
+        if file not in names:
+            raise VerificationError(f'{name} holds no {file}{found}; publish it again with: sd-resnet push')
 
 
-def _read_config_if_there(folder: Path | None) -> dict[str, Any]:
-    """For the check of names, which comes first; what is wrong with the configuration is said later."""
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding='utf-8')) if folder else {}
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def _check_fit(folder: Path, tensors: Mapping[str, Tensor], name: str) -> Any:
-    try:
-        model: Any = timm.create_model(f'local-dir:{folder}')
-    except Exception as error:
-        raise VerificationError(f'{name}: {CONFIG} builds no model: {one_line(error)}; correct model_args') from error
-    built = {key: value.clone() for key, value in model.state_dict().items() if key.endswith('.survival_prob')}
-    stored = {key: value for key, value in tensors.items() if key.endswith('.survival_prob')}
-    if isinstance(model, StochasticDepthNet) and not _equal(built, stored):
-        raise VerificationError(
-            f'{name}: the survival probabilities of {CONFIG} are not those of {WEIGHTS}; correct drop_path_rate and '
-            'drop_path_schedule in model_args'
-        )
-    try:
-        model.load_state_dict(dict(tensors))
-    except (RuntimeError, AttributeError) as error:
-        raise VerificationError(
-            f'{name}: {WEIGHTS} does not fit {CONFIG}: {one_line(error)}; publish both again'
-        ) from error
-    return model
-
-
-def _check_folding(model: nn.Module, name: str, report: Report) -> None:
-    """Folding must keep the test-time function: to plain timm, or for the CIFAR nets to rate 0."""
-    if not isinstance(model, StochasticDepthNet):
-        report(f'plain        {type(model).__name__} of timm, nothing to fold')
-        return
-    folded = fold(model).eval()
-    check_function(model, folded, f'{name}: folding changes the outputs; publish the weights again')
-    report(f'folds        outputs equal to 1e-5 of the largest ({type(folded).__name__})')
-
-
-def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(tensor, b[key]) for key, tensor in a.items())
-
-
-def other_weights(file: str) -> bool:
-    """Is it a file that timm may load in the place of `model.safetensors`? Of folders it looks into none."""
-    return '/' not in file and file != WEIGHTS and any(Path(file).match(pattern) for pattern in OTHER_WEIGHTS)
-
-
-def _mismatch(expected: str, found: str) -> str:
-    return f'{"sha256" if len(expected) == 64 else "git hash"} {found[:12]}… instead of {expected[:12]}…'
+def _check_hashes(folder: Path, recorded: Mapping[str, str], name: str, cure: str) -> None:
+    for file, digest in recorded.items():
+        if (found := file_hash(folder / file, len(digest))) != digest:
+            difference = f'{"sha256" if len(digest) == 64 else "git hash"} {found[:12]}… instead of {digest[:12]}…'
+            raise VerificationError(f'{name}: {file} is damaged ({difference}); {cure}')

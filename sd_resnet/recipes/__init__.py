@@ -1,7 +1,5 @@
 """Recipes for timm's `train.py --config FILE`: one YAML file each, whose first comment line says what it is."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 

@@ -1,26 +1,25 @@
 """timm's ResNet blocks, skipping the branch that stochastic depth drops."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.fx
-from timm.layers import SplitBatchNorm2d
 from timm.models import register_notrace_module
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.graph import saved_tensors_hooks
 
-from ..core.compiling import check_traceable, forward_by_mode, outside_compiler, own_code
+from ..core.compiling import forward_by_mode, outside_compiler, own_code
 from ..core.draws import Draw, Window, draw, many_ranks, nothing_survives, simplified
 from ..core.drop_path import StochasticDepth
-from ..core.private_api import is_hooked
+from ..core.private_api import hooks_on_saved_tensors, is_hooked, version_of
+from ..core.refusals import check_draws_alone, check_takes_rows, check_traceable
 from ..core.scripting import scriptable_copy
-from ..core.skipping import fork, fork_in_graph, gathered_again, join, join_in_graph, put_rows, skip, take_rows
+from ..core.skipping import fork, fork_in_graph, join, join_in_graph, rows_in, skip
 from . import paper_rescaling
+
+Part = Callable[[str], Callable[..., Tensor]]  # a block's method by its name, compiled or not
 
 
 class ResidualBlock(nn.Module):
@@ -38,7 +37,9 @@ class ResidualBlock(nn.Module):
         drop_path: Any  # a StochasticDepth, unless someone has put something else there
         se: Any
         stride: int
-        zero_init_last: Any
+        # And what the two kinds of blocks bring: the branch behind `conv1`, and the activation after the addition
+        after_conv1: Callable[[Tensor], Tensor]
+        last_act: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -48,24 +49,13 @@ class ResidualBlock(nn.Module):
         """The residual function f_l, up to its last norm layer and attention."""
         return self.after_conv1(self.conv1(x))
 
-    def after_conv1(self, x: Tensor) -> Tensor:
-        """The branch from its first convolution's output on."""
-        raise AssertionError('a block brings its own branch')
-
-    @property
-    def last_act(self) -> nn.Module:
-        """The activation after the addition."""
-        raise AssertionError('a block brings its own activation')
-
     def activate(self, x: Tensor) -> Tensor:
         """The activation after the addition, in place."""
         return self.last_act(x)
 
     def shortcut(self, x: Tensor) -> Tensor:
         """The identity, or the projection where the shape changes."""
-        if self.downsample is not None:
-            x = self.downsample(x)
-        return x
+        return x if self.downsample is None else self.downsample(x)
 
     def runs_outside_compiler(self) -> bool:
         """Must its own frame be kept out of `torch.compile`?"""
@@ -73,16 +63,13 @@ class ResidualBlock(nn.Module):
 
     @forward_by_mode
     def forward(self, x: Tensor, drawn: Draw | None = None, after_relu: bool = False) -> Tensor:
-        """Compute `act(shortcut(x) + b_l * branch(x))`.
+        """Compute `act(shortcut(x) + b_l * branch(x))`, equation 2, of (N, C, H, W); (N, C', H', W').
 
         Args:
-            x: (N, C, H, W).
+            x: The block's input.
             drawn: What the network drew for this block; None, as when a block is called on its own, draws here from
                 torch's default generator. Used in training only.
             after_relu: Does `x` come out of a ReLU, so that a second one changes nothing?
-
-        Returns:
-            (N, C', H', W').
         """
         if self.runs_outside_compiler():
             return self._forward_outside(x, drawn, after_relu)
@@ -115,25 +102,24 @@ class ResidualBlock(nn.Module):
         """What the network handed over for this pass, else a draw of the block's own."""
         handed = None if torch.compiler.is_compiling() else self.__dict__.pop('handed', None)
         if handed is None:
-            self.check_alone()
+            self.check_draws_alone()
             handed = draw([self.drop_path], x, self.drop_path.mode)[0]
         return handed
 
-    @torch.compiler.disable
-    def _draw_eagerly(self, x: Tensor) -> Draw:
-        return self.draw(x)
+    _draw_eagerly = torch.compiler.disable(draw)
 
-    def _forward_drawn(
-        self, x: Tensor, drawn: Draw, after_relu: bool, part: Callable[[str], Callable[..., Tensor]]
-    ) -> Tensor:
+    def _forward_drawn(self, x: Tensor, drawn: Draw, after_relu: bool, part: Part) -> Tensor:
         p_l, b_l = drawn
         factor = 0.0 if nothing_survives(b_l) else self.drop_path.train_factor(p_l)
         relu = self.ends_in_relu()
         if isinstance(b_l, Window):
-            self.check_window()
+            check_takes_rows([paper_rescaling.last_norm(self)])
             b_l = simplified(b_l, x, one_value=max(x.shape[-2:]) <= self.stride)
         if isinstance(b_l, Window):
-            return self._forward_window(x, b_l, factor, after_relu and relu, part)
+            if isinstance(b_l.start, Tensor):
+                x, x_rows = fork_in_graph(x, b_l)
+                return self.activate(join_in_graph(self.shortcut(x), self.branch(x_rows), b_l, factor))
+            return self._forward_rows(x, b_l, factor, after_relu and relu, part)
         if isinstance(b_l, Tensor):
             return part('activate')(part('masked_sum')(x, b_l, factor))
         if b_l:
@@ -150,10 +136,9 @@ class ResidualBlock(nn.Module):
     def sum(self, x: Tensor, factor: float) -> Tensor:
         """The whole block, but for its activation."""
         branch, shortcut = self.branch(x), self.shortcut(x)
-        if factor == 1:
-            branch += shortcut
-        else:
-            branch = torch.add(shortcut, branch, alpha=factor)
+        if factor != 1:
+            return torch.add(shortcut, branch, alpha=factor)
+        branch += shortcut
         return branch
 
     def masked_sum(self, x: Tensor, mask: Tensor, factor: float) -> Tensor:
@@ -161,33 +146,20 @@ class ResidualBlock(nn.Module):
         branch, shortcut = self.branch(x), self.shortcut(x)
         return torch.addcmul(shortcut, branch, mask.to(branch.dtype), value=factor)
 
-    def _forward_window(
-        self, x: Tensor, window: Window, factor: float, after_relu: bool, part: Callable[[str], Callable[..., Tensor]]
-    ) -> Tensor:
-        if isinstance(window.start, Tensor):
-            x, x_rows = fork_in_graph(x, window)
-            return self.activate(join_in_graph(self.shortcut(x), self.branch(x_rows), window, factor))
-        return self._forward_rows(x, window, factor, after_relu, part)
+    @outside_compiler
+    def _forward_rows(self, x: Tensor, window: Window, factor: float, after_relu: bool, part: Part) -> Tensor:
+        projects = self.downsample is not None
+        relu = self.ends_in_relu() if projects else after_relu
+        x, x_rows = fork(x, window, replaced=not projects)
+        rows = self._branch_of_rows(x, x_rows, window, part)
+        if projects:
+            out = join(part('shortcut')(x), rows, window, factor, relu)
+        else:
+            out = join(x, torch.add(x_rows, rows, alpha=factor), window, None, relu)
+        return out if relu else part('activate')(out)
 
     @outside_compiler
-    def _forward_rows(
-        self, x: Tensor, window: Window, factor: float, after_relu: bool, part: Callable[[str], Callable[..., Tensor]]
-    ) -> Tensor:
-        relu = self.ends_in_relu()
-        if self.downsample is not None:
-            x, x_rows = fork(x, window)
-            branch = self._branch_of_rows(x, x_rows, window, part)
-            out = join(part('shortcut')(x), branch, window, factor, relu)
-            return out if relu else part('activate')(out)
-        x, x_rows = take_rows(x, window)
-        branch = self._branch_of_rows(x, x_rows, window, part)
-        out = put_rows(x, torch.add(x_rows, branch, alpha=factor), window, relu=after_relu)
-        return out if after_relu else part('activate')(out)
-
-    @outside_compiler
-    def _branch_of_rows(
-        self, x: Tensor, x_rows: Tensor, window: Window, part: Callable[[str], Callable[..., Tensor]]
-    ) -> Tensor:
+    def _branch_of_rows(self, x: Tensor, x_rows: Tensor, window: Window, part: Part) -> Tensor:
         wraps = window.start + window.rows > x.shape[0]
         if wraps and hasattr(x_rows.grad_fn, 'window'):  # the rows are a copy, which backward need not keep
             try:
@@ -205,22 +177,10 @@ class ResidualBlock(nn.Module):
             if name != 'downsample':
                 yield from child.parameters()
 
-    def check_alone(self) -> None:
+    def check_draws_alone(self) -> None:
         """Raise where a draw that other ranks do not share would make SyncBatchNorm wait for ever."""
-        if self.drop_path.mode == 'batch' and many_ranks() and _holds(self, nn.SyncBatchNorm):
-            raise RuntimeError(
-                "drop_path_mode='batch' with SyncBatchNorm needs decisions that all ranks share: without them ranks "
-                'would wait for each other for ever; leave drop_path_sync=True and call the whole model, or use '
-                "drop_path_mode='row' or 'subset'"
-            )
-
-    def check_window(self) -> None:
-        """Raise where a norm layer would split the rows that are left."""
-        if _holds(self, SplitBatchNorm2d):
-            raise ValueError(
-                "drop_path_mode='subset' cannot be combined with split BatchNorm, which needs the whole batch to "
-                "split; use drop_path_mode='batch' or 'row'"
-            )
+        if self.drop_path.mode == 'batch' and many_ranks():
+            check_draws_alone([paper_rescaling.last_norm(self)])  # all of a network's norms are alike
 
     def ends_in_relu(self) -> bool:
         """May a ReLU be put in the place of its activation?"""
@@ -230,104 +190,11 @@ class ResidualBlock(nn.Module):
         return scriptable_copy(self)
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
     ) -> None:
-        paper_rescaling.fold(self, state_dict, prefix, local_metadata, error_msgs)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-
-def _holds(block: nn.Module, kind: type) -> bool:
-    """Does a branch hold a norm layer of that kind? All of a network's are alike."""
-    return isinstance(getattr(block, paper_rescaling.last_norm_name(block)), kind)
-
-
-def blocks_in(module: nn.Module) -> Iterator[ResidualBlock]:
-    """The residual blocks of a module in order, also those that somebody has wrapped."""
-    if isinstance(module, ResidualBlock):
-        yield module
-    else:
-        for child in module.children():
-            yield from blocks_in(child)
-
-
-class Stage(nn.Sequential):
-    """The blocks of one stage, and whatever else somebody puts there; a plain `nn.Sequential` for who calls it so."""
-
-    plain_class = nn.Sequential
-
-    def runs_outside_compiler(self) -> bool:
-        """Does one of the blocks?"""
-        return any(block.runs_outside_compiler() for block in blocks_in(self))
-
-    @forward_by_mode
-    def forward(self, x: Tensor, drawn: Sequence[Draw] | None = None, grad_checkpointing: bool = False) -> Tensor:
-        """Run the blocks.
-
-        Args:
-            x: (N, C, H, W).
-            drawn: One draw per block; None lets each block draw for itself.
-            grad_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
-        """
-        before: Any = None
-        for module in self:
-            own = list(blocks_in(module))
-            draws = None if drawn is None else drawn[: len(own)]
-            drawn = None if drawn is None else drawn[len(own) :]
-            if draws is not None and takes_draws(module):
-                after_relu = before is not None and before.ends_in_relu() and not is_hooked(before)
-                # By name: to a full backward hook, as under timm, the input is the one argument
-                given: dict[str, Any] = {'drawn': draws[0], 'after_relu': after_relu}
-                if grad_checkpointing:
-                    given['use_reentrant'] = False
-                x = checkpoint(module, x, **given) if grad_checkpointing else module(x, **given)
-            elif draws is None and not grad_checkpointing:
-                x = module(x)
-            else:
-                x = call_wrapped(module, x, own, draws, grad_checkpointing)
-            before = module if takes_draws(module) else None
-        return x
-
-
-def takes_draws(module: nn.Module) -> bool:
-    """Is it a block or a stage as it was made, whose `forward` nobody has replaced?"""
-    return isinstance(module, (ResidualBlock, Stage)) and 'forward' not in module.__dict__
-
-
-@outside_compiler
-def call_wrapped(
-    module: nn.Module,
-    x: Tensor,
-    blocks: Sequence[ResidualBlock],
-    drawn: Sequence[Draw] | None,
-    grad_checkpointing: bool = False,
-) -> Tensor:
-    """A module that somebody has put into the network, with a draw for each block in it, if there are any."""
-    if drawn is None or not blocks:
-        return checkpoint(module, x, use_reentrant=False) if grad_checkpointing else module(x)
-    if grad_checkpointing:
-        return checkpoint(_hand_over, module, x, blocks, drawn, use_reentrant=False)
-    return _hand_over(module, x, blocks, drawn)
-
-
-@outside_compiler
-def _hand_over(module: nn.Module, x: Tensor, blocks: Sequence[ResidualBlock], drawn: Sequence[Draw]) -> Tensor:
-    """Blocks that somebody has wrapped are called with their input alone."""
-    for block, own in zip(blocks, drawn):
-        block.__dict__['handed'] = own
-    try:
-        return module(x)
-    finally:
-        for block in blocks:
-            block.__dict__.pop('handed', None)
+        errors = kwargs['error_msgs'] if 'error_msgs' in kwargs else args[-1]
+        paper_rescaling.fold(self, state_dict, prefix, local_metadata, errors)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
 
 @register_notrace_module  # a leaf for torch.fx: no draw is frozen into a graph
@@ -365,3 +232,40 @@ class StochasticBottleneck(ResidualBlock, Bottleneck):
     @property
     def last_act(self) -> nn.Module:
         return self.act3
+
+
+class gathered_again(saved_tensors_hooks):
+    """While active, an operation on `rows`, taken by `fork`, keeps no copy of them for backward.
+
+    `fork` keeps its input, which other operations keep anyway; the rows are taken from it again in backward. What else
+    the operation keeps goes to the hooks that were active before; a LookupError where torch does not tell them.
+    """
+
+    @torch.compiler.disable
+    def __init__(self, rows: Tensor) -> None:
+        taken: Any = rows.grad_fn
+        address, layout = rows.data_ptr(), (rows.shape, rows.stride(), rows.dtype)
+        outer_pack, outer_unpack = hooks_on_saved_tensors() or (_with_version, _if_unchanged)
+
+        @torch.compiler.disable
+        def pack(tensor: Tensor) -> Any:
+            same = tensor.data_ptr() == address and (tensor.shape, tensor.stride(), tensor.dtype) == layout
+            return None if same else (outer_pack(tensor),)
+
+        @torch.compiler.disable
+        def unpack(kept: Any) -> Tensor:
+            return rows_in(taken.saved_tensors[0], taken.window) if kept is None else outer_unpack(*kept)
+
+        super().__init__(pack, unpack)
+
+
+def _with_version(tensor: Tensor) -> tuple[Tensor, int]:
+    return tensor, version_of(tensor)
+
+
+def _if_unchanged(kept: tuple[Tensor, int]) -> Tensor:
+    """As torch does where no hooks are active."""
+    tensor, version = kept
+    if version_of(tensor) != version:
+        raise RuntimeError('a tensor needed for gradient computation has been modified by an inplace operation')
+    return tensor

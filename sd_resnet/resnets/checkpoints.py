@@ -1,16 +1,14 @@
 """Reading checkpoint files, folding survival probabilities into the weights, and export to a plain timm ResNet."""
 
-from __future__ import annotations
-
 import argparse
 import copy
 import pickle
 import struct
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from ..core.scripting import become_plain
 from ..errors import one_line
+from ..files import written_whole
 from .network import StochasticDepthNet
 from .resnet_imagenet import StochasticResNet
 
@@ -30,33 +29,21 @@ NO_PLAIN_CIFAR = (
 )
 
 
-@dataclass
-class Checkpoint:
-    """What a checkpoint file holds.
+class Checkpoint(NamedTuple):
+    """What a checkpoint file holds, as far as it states it."""
 
-    Attributes:
-        state_dict: Names and tensors, without the prefixes of DDP and `torch.compile`.
-        architecture: The model's name, if the file states it.
-        model_args: The `--model-kwargs` of timm's `train.py`, and its `--gp`.
-        epoch: The epoch that it was written after, if the file states it; the first is 0.
-        averaged: Are these the averaged weights (EMA) of a file that holds both?
-    """
-
-    state_dict: dict[str, Tensor]
-    architecture: str | None = None
-    model_args: dict[str, Any] = field(default_factory=dict)
-    epoch: int | None = None
-    averaged: bool = False
+    state_dict: dict[str, Tensor]  # without the prefixes of DDP and `torch.compile`
+    architecture: str | None
+    model_args: dict[str, Any]  # the `--model-kwargs` of timm's `train.py`, and its `--gp`
+    epoch: int | None  # that it was written after; the first is 0
+    averaged: bool  # are these the averaged weights (EMA) of a file that holds both?
 
 
 def read_checkpoint(path: str | Path, use_ema: bool = True) -> Checkpoint:
     """Read a safetensors file, or what timm's `train.py` or `torch.save` of a state dict wrote.
 
-    Pickles are read with `weights_only=True`, and `argparse.Namespace` as the only further type.
-
-    Args:
-        path: The file.
-        use_ema: Take the averaged weights where there are any.
+    Pickles are read with `weights_only=True`, and `argparse.Namespace` as the only further type. With `use_ema` the
+    averaged weights are taken where there are any.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -78,35 +65,28 @@ def read_checkpoint(path: str | Path, use_ema: bool = True) -> Checkpoint:
         reason = str(error).strip().partition('\n')[0]
         raise ValueError(f'{path} cannot be read, it is damaged or not a checkpoint: {reason}') from error
 
-    args = content.get('args') if isinstance(content, Mapping) else None
+    content = content if isinstance(content, Mapping) else {}
+    keys = ('state_dict_ema', 'model_ema') if use_ema else ()
+    wrapped = next((k for k in (*keys, 'state_dict', 'model') if isinstance(content.get(k), Mapping)), None)
+    tensors = content if wrapped is None else content[wrapped]
+    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f'{path} holds no state dict')
+    about = {} if wrapped is None else content
+    args = about.get('args')
     pool = getattr(args, 'gp', None)
-    if isinstance(content, Mapping):
-        keys = ('state_dict_ema', 'model_ema') if use_ema else ()
-        wrapped = next((k for k in (*keys, 'state_dict', 'model') if isinstance(content.get(k), Mapping)), None)
-        tensors = content if wrapped is None else content[wrapped]
-        if tensors and all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            return Checkpoint(
-                clean_state_dict(dict(tensors)),
-                getattr(args, 'model', None) or (None if wrapped is None else content.get('arch')),
-                {**(getattr(args, 'model_kwargs', None) or {}), **({'global_pool': pool} if pool else {})},
-                None if wrapped is None else content.get('epoch'),
-                wrapped in ('state_dict_ema', 'model_ema'),
-            )
-    raise ValueError(f'{path} holds no state dict')
+    return Checkpoint(
+        clean_state_dict(dict(tensors)),
+        architecture=getattr(args, 'model', None) or about.get('arch'),
+        model_args={**(getattr(args, 'model_kwargs', None) or {}), **({'global_pool': pool} if pool else {})},
+        epoch=about.get('epoch'),
+        averaged=wrapped in ('state_dict_ema', 'model_ema'),
+    )
 
 
 def to_resnet(model: nn.Module) -> nn.Module:
-    """The same network as a plain timm `ResNet`.
+    """A copy that computes the same at test time, as a plain timm `ResNet`; a TypeError of what is not of this package.
 
-    Args:
-        model: A model of this package.
-
-    Returns:
-        A copy that computes the same at test time; for the CIFAR nets, which timm does not have, with a warning, the
-        same class at `drop_path_rate=0`.
-
-    Raises:
-        TypeError: `model` is not a model of this package.
+    Of the CIFAR nets, which timm does not have, with a warning, the same class at `drop_path_rate=0`.
     """
     if not isinstance(model, StochasticDepthNet):
         raise TypeError(
@@ -139,19 +119,12 @@ def export(
 ) -> tuple[str, dict[str, Any]]:
     """Write a checkpoint's weights as a plain timm ResNet's safetensors file, survival probabilities folded in.
 
-    Args:
-        path: What timm's `train.py` wrote (`model_best.pth.tar`, `last.pth.tar`), or safetensors.
-        out: The file to write; it must not exist.
-        architecture: The model's name, where the file does not state it and its tensors do not tell.
-        use_ema: Take the averaged weights where there are any.
-
-    Returns:
-        The name of the architecture that the file is for, and what `timm.create_model` must be given beside it.
+    `out` is a new file; the `architecture` must be told where the file does not state it and its tensors do not tell.
+    Returns the name of the architecture that the file is for, and what `timm.create_model` must be given beside it.
 
     Raises:
-        FileExistsError: `out` exists.
         ValueError: The file is damaged, or of an architecture that this package does not have.
-        OSError: `out` cannot be written; nothing is left behind then.
+        OSError: `out` exists, or cannot be written; nothing is left behind then.
     """
     out = Path(out)
     if out.exists():
@@ -163,11 +136,11 @@ def export(
         names = [_own_name(recorded)]
     else:  # only ImageNet's nets have a fourth stage
         names = timm.list_models(module='resnet_imagenet' if 'layer4.0.conv1.weight' in state_dict else 'resnet_cifar')
-    own = {key: value for key, value in checkpoint.model_args.items() if not key.startswith('drop_path')}
+    args = {key: value for key, value in checkpoint.model_args.items() if not key.startswith('drop_path')}
     for name in names:
         try:
             with torch.device('meta'):  # at rate 0, where loading folds the survival probabilities in
-                model = build(name, state_dict, {**own, 'drop_path_rate': 0.0})
+                model = build(name, state_dict, {**args, 'drop_path_rate': 0.0})
             model.load_state_dict(state_dict, assign=True)
             break
         except (RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
@@ -180,25 +153,19 @@ def export(
     if isinstance(model, StochasticResNet):
         name = name.removeprefix('sd_')
     else:
-        own['drop_path_rate'] = 0.0
+        args['drop_path_rate'] = 0.0
     usual: Any = timm.get_pretrained_cfg(name)
-    if model.num_classes != usual.num_classes:
-        own['num_classes'] = model.num_classes
-    if model.in_chans != usual.input_size[0]:
-        own['in_chans'] = model.in_chans
-    return name, own
+    given = {'num_classes': (model.num_classes, usual.num_classes), 'in_chans': (model.in_chans, usual.input_size[0])}
+    return name, {**args, **{key: own for key, (own, theirs) in given.items() if own != theirs}}
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file whole, or not at all."""
-    part = path.with_name(f'{path.name}.part')
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata={'format': 'pt'})
-        part.replace(path)
+        with written_whole(path) as part:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata={'format': 'pt'})
     except SafetensorError as error:  # an OSError in other clothes
         raise OSError(f'{path} could not be written: {error}') from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def architectures() -> list[str]:
@@ -207,16 +174,7 @@ def architectures() -> list[str]:
 
 
 def build(name: str, state_dict: Mapping[str, Tensor], model_args: Mapping[str, Any]) -> Any:
-    """A new network with as many input channels and classes as the state dict has.
-
-    Args:
-        name: One of `architectures()`.
-        state_dict: Of such a network.
-        model_args: Further arguments for `timm.create_model`.
-
-    Raises:
-        ValueError: The state dict is not of such a network.
-    """
+    """A new network, `name` of `architectures()`, with as many input channels and classes as the state dict has."""
     stem = state_dict.get('conv1.weight', state_dict.get('conv1.0.weight'))
     if stem is None:
         raise ValueError('the weights hold no conv1: they are not those of a ResNet')
@@ -225,8 +183,9 @@ def build(name: str, state_dict: Mapping[str, Tensor], model_args: Mapping[str, 
 
 
 def _own_name(architecture: str) -> str:
-    name = architecture.split('.')[0]
+    name, own = architecture.split('.')[0], architectures()
     for candidate in (name, f'sd_{name}'):
-        if candidate in architectures():
+        if candidate in own:
             return candidate
-    raise ValueError(f'architecture must be one of {", ".join(architectures())}, got {architecture!r}')
+    near = get_close_matches(f'sd_{name.removeprefix("sd_")}', own, cutoff=0)
+    raise ValueError(f'architecture must be a model of sd_resnet, for example {", ".join(near)}, got {architecture!r}')

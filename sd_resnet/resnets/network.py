@@ -1,33 +1,43 @@
 """What the ImageNet and the CIFAR nets share: one draw per forward pass, handed to the blocks as an argument."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
-from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
-from ..core.compiling import check_exportable, outside_compiler
-from ..core.draws import Draw, SharedGenerator, check_sync, draw, many_ranks, takes_gradients
+from ..core.compiling import outside_compiler
+from ..core.draws import Draw, SharedGenerator, draw, ranks_share, takes_gradients
 from ..core.drop_path import StochasticDepth, derived
 from ..core.private_api import feature_take_indices
-from ..core.ramp import as_ramp, check_scriptable
+from ..core.ramp import as_ramp
+from ..core.refusals import check_exportable, check_scriptable, check_sync
 from ..core.schedules import Schedule, expected_depth, survival_probs
 from ..core.scripting import scriptable_copy
-from .blocks import ResidualBlock, blocks_in, call_wrapped, takes_draws
-from .features import StochasticFeatures
-from .packaged import spread_stem
-from .paper_rescaling import check_rescale, set_block
+from .blocks import ResidualBlock
+from .paper_rescaling import check_rescale, last_norm, set_block
+from .stages import Stage, blocks_in, runner
 
 
 class StochasticDepthNet(nn.Module):
     """A network of stages `layer1`, `layer2`, ... of residual blocks, after a stem `conv1`, `bn1`, `act1`, `maxpool`.
 
-    Mixed into a network class, which calls `init_drop_path` once its blocks exist. Modules that somebody puts in the
-    place of a stage or a block, around one, or behind one, are called as timm calls them.
+    Mixed into a network class. Modules that somebody puts in the place of a stage or a block, around one, or behind
+    one, are called as timm calls them.
+
+    Args:
+        *args: What the network class takes, as `**kwargs`.
+        drop_path_rate: 1 - p_L, in [0, 1); None is 0.5 where the schedule needs one.
+        drop_path_schedule: See `sd_resnet.survival_probs`.
+        drop_path_mode: `'batch'`, `'row'` or `'subset'`; see `sd_resnet.StochasticDepth`.
+        drop_path_rescale: `'train'`, timm's, or `'test'`, the paper's letter; see `paper_rescaling`.
+        drop_path_sync: In batch mode all ranks of a distributed training drop the same blocks.
+        drop_path_ramp: (kind, steps), a rate that changes during training; see `DropPathRamp`.
+        **kwargs: What the network class takes.
+
+    Raises:
+        ValueError: An argument is outside what is allowed.
     """
 
     plain_class: Any = nn.Module  # the same network without stochastic depth
@@ -38,21 +48,22 @@ class StochasticDepthNet(nn.Module):
         bn1: Any
         act1: Any
         maxpool: Any
-        layer1: Any
-        layer2: Any
-        layer3: Any
-        layer4: Any
         grad_checkpointing: bool
 
-    def init_drop_path(
+    def __init__(
         self,
-        drop_path_rate: float | None,
-        drop_path_schedule: Schedule,
-        drop_path_mode: str,
-        drop_path_rescale: str,
-        drop_path_sync: bool,
-        drop_path_ramp: tuple[str, int] | None,
+        *args: Any,
+        drop_path_rate: float | None = None,
+        drop_path_schedule: Schedule = 'linear',
+        drop_path_mode: str = 'batch',
+        drop_path_rescale: str = 'train',
+        drop_path_sync: bool = True,
+        drop_path_ramp: tuple[str, int] | None = None,
+        **kwargs: Any,
     ) -> None:
+        super().__init__(*args, **kwargs)
+        for name in self.stage_names:
+            setattr(self, name, Stage(*getattr(self, name)))
         check_sync(drop_path_sync)
         self.drop_path_sync = drop_path_sync
         self.drop_path_ramp = as_ramp(drop_path_ramp, next(self.parameters()).device)
@@ -91,8 +102,7 @@ class StochasticDepthNet(nn.Module):
             self.drop_path_schedule if schedule is None else schedule,
             self.drop_path_mode if mode is None else mode,
             self.drop_path_rescale if rescale is None else rescale,
-            keep_function=True,
-            probs=probs,
+            probs,
         )
 
     def _set_drop_path(
@@ -101,10 +111,11 @@ class StochasticDepthNet(nn.Module):
         schedule: Schedule,
         mode: str,
         rescale: str,
-        keep_function: bool,
         probs: tuple[float, ...] | None = None,
+        keep_function: bool = True,
     ) -> None:
-        if self.drop_path_ramp is not None and rescale == 'test':
+        ramp = self.drop_path_ramp
+        if ramp is not None and rescale == 'test':
             raise ValueError(
                 "drop_path_ramp needs drop_path_rescale='train', got 'test': under test-time rescaling every change of "
                 'the rate would change what the network computes at test time'
@@ -116,14 +127,11 @@ class StochasticDepthNet(nn.Module):
             check_rescale(block, p_l, mode, rescale)
         for block, p_l in own:
             set_block(block, p_l, mode, rescale, keep_function)
-            block.drop_path.network_drops = min(probs) < 1
-            block.drop_path.ramped = self.drop_path_ramp is not None
-        if self.drop_path_ramp is not None:
-            self.drop_path_ramp.govern([block.drop_path for block, _ in own])
-        self.drop_path_rate = rate
-        self.drop_path_schedule = schedule
-        self.drop_path_mode = mode
-        self.drop_path_rescale = rescale
+            block.drop_path.network_drops, block.drop_path.ramped = min(probs) < 1, ramp is not None
+        if ramp is not None:
+            ramp.govern([block.drop_path for block, _ in own])
+        self.drop_path_rate, self.drop_path_schedule = rate, schedule
+        self.drop_path_mode, self.drop_path_rescale = mode, rescale
 
     @derived
     def survival_probs(self) -> Any:
@@ -140,44 +148,35 @@ class StochasticDepthNet(nn.Module):
         for name in self.stage_names:
             yield from blocks_in(getattr(self, name))
 
-    def forward_stages(
-        self, x: Tensor, taken: Sequence[int] = (), last: int | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Stem and stages.
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) images to the last stage's (N, C', H', W')."""
+        return self.forward_stages(x)[0]
 
-        Args:
-            x: Images (N, C, H, W).
-            taken: Indices of the features to return beside the last one; 0 is the stem's.
-            last: Number of stages to run, None for all.
-        """
+    def forward_stages(self, x: Tensor, taken: Sequence[int] = (), last: int | None = None) -> tuple[Any, list[Any]]:
+        """Images (N, C, H, W) to the feature of the `last` stage to run, and those of the indices `taken`."""
         outside = self.runs_outside_compiler()
         if outside:
             check_exportable()
-        return (self._run_outside_compiler if outside else self._run)(x, taken, last)
+        return (self._stages_outside if outside else self._stages)(x, taken, last)
 
-    def runs_outside_compiler(self) -> bool:
-        """Must the frames that use its draws be kept out of `torch.compile`?"""
-        return (self.training and self.drop_path_ramp is not None) or any(
-            block.runs_outside_compiler() for block in self.blocks()
-        )
-
-    def _run(self, x: Tensor, taken: Sequence[int], last: int | None) -> tuple[Tensor, list[Tensor]]:
-        draws = self.draw(x)
+    def _stages(self, x: Tensor, taken: Sequence[int], last: int | None) -> tuple[Any, list[Any]]:
+        run, draws = runner(self), self.draw(x)
         stem, x = self.forward_stem(x)
         features = [stem] if 0 in taken else []
         for index, name in enumerate(self.stage_names[:last], start=1):
             stage = getattr(self, name)
-            blocks = list(blocks_in(stage))
-            own = None if draws is None else [draws.pop(0) for _ in blocks]
-            if takes_draws(stage):
-                x = stage(x, drawn=own, grad_checkpointing=self.grad_checkpointing)
-            elif not isinstance(stage, nn.Identity):  # which pruning puts in its place
-                x = call_wrapped(stage, x, blocks, own, self.grad_checkpointing)
+            if not isinstance(stage, nn.Identity):  # which pruning puts in its place
+                x = run(stage, x, draws, self.grad_checkpointing)
             if index in taken:
                 features.append(x)
         return x, features
 
-    _run_outside_compiler = outside_compiler(_run)
+    _stages_outside = outside_compiler(_stages)
+
+    def runs_outside_compiler(self) -> bool:
+        """Must the frames that use its draws be kept out of `torch.compile`?"""
+        ramped = self.training and self.drop_path_ramp is not None
+        return ramped or any(block.runs_outside_compiler() for block in self.blocks())
 
     def forward_stem(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The stem's feature, and what the first stage is given."""
@@ -196,18 +195,10 @@ class StochasticDepthNet(nn.Module):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> Any:
-        """The last features and intermediate ones, as timm's ResNet gives them.
+        """The last feature and a list of intermediate ones, (N, C, H, W), or that list alone, as timm's ResNet.
 
-        Args:
-            x: Images (N, C, H, W).
-            indices: The last n features if a number, all if None, else those of the list; 0 is the stem's.
-            norm: Without effect: there is no final norm layer.
-            stop_early: Do not run the stages after the last wanted one.
-            output_fmt: `'NCHW'`.
-            intermediates_only: Return the list alone.
-
-        Returns:
-            A list of (N, C, H, W), or the last feature and that list.
+        `indices` are the last n features if a number, all if None, else those of the list; 0 is the stem's. `norm` has
+        no effect: there is no final norm layer. With `stop_early` no stage runs after the last wanted one.
 
         Raises:
             ValueError: `output_fmt` is not `'NCHW'`.
@@ -219,23 +210,15 @@ class StochasticDepthNet(nn.Module):
         return features if intermediates_only else (x, features)
 
     def draw(self, x: Tensor, blocks: Sequence[ResidualBlock] | None = None) -> list[Draw] | None:
-        """One draw per block for this forward pass, or None where nothing is to be drawn.
+        """One draw per block, None meaning the network's own, for images `x`; or None where nothing is to be drawn.
 
         On the host, outside any checkpointed region; for all blocks as soon as one of them drops, so that ranks stay in
         step. A `torch.fx` trace draws nothing: its blocks are leaves and draw when they run.
-
-        Args:
-            x: Images (N, C, H, W).
-            blocks: None is the network's own.
         """
         if isinstance(x, torch.fx.Proxy):
             return None
         blocks = list(self.blocks()) if blocks is None else blocks
         return (self._draw_eagerly if self.runs_outside_compiler() else self._draw)(x, blocks)
-
-    @torch.compiler.disable
-    def _draw_eagerly(self, x: Tensor, blocks: Sequence[ResidualBlock]) -> list[Draw] | None:
-        return self._draw(x, blocks)
 
     def _draw(self, x: Tensor, blocks: Sequence[ResidualBlock]) -> list[Draw] | None:
         if self.drop_path_ramp is not None and self.training and takes_gradients(x):
@@ -243,21 +226,11 @@ class StochasticDepthNet(nn.Module):
         drop_paths = [block.drop_path if isinstance(block.drop_path, StochasticDepth) else _NEVER for block in blocks]
         if not any(drop_path.is_dropping() for drop_path in drop_paths):
             return None
-        generator = self._generator(x) if self.drop_path_mode == 'batch' else None
-        return draw(drop_paths, x, self.drop_path_mode, generator)
+        norms = (last_norm(block) for block in blocks)
+        shared = self.drop_path_mode == 'batch' and ranks_share(x, self.drop_path_sync, norms)
+        return draw(drop_paths, x, self.drop_path_mode, self._shared_generator.get() if shared else None)
 
-    def _generator(self, x: Tensor) -> torch.Generator | None:
-        """Batch mode's: on more than one rank one that all ranks share, else None, torch's default one.
-
-        A pass without gradients does not draw from the shared one: it may be made on one rank only.
-        """
-        if not many_ranks():
-            return None
-        if not self.drop_path_sync:
-            for block in self.blocks():
-                block.check_alone()
-            return None
-        return self._shared_generator.get() if takes_gradients(x) else None
+    _draw_eagerly = torch.compiler.disable(_draw)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.drop_path_ramp is None:  # a network without a ramp loads what one with a ramp has saved
@@ -270,25 +243,3 @@ class StochasticDepthNet(nn.Module):
 
 
 _NEVER = StochasticDepth().eval()  # in the place of a drop path that somebody has replaced
-
-
-def build(model_cls: type[StochasticDepthNet], variant: str, pretrained: bool, **kwargs: Any) -> Any:
-    """timm's builder; where pretrained weights cannot be had, its error with one line on what to do.
-
-    `features_only` models draw for all blocks at once, too.
-    """
-    features = dict(feature_cls=StochasticFeatures, out_indices=tuple(range(1 + len(model_cls.stage_names))))
-    features.update(kwargs.pop('feature_cfg', None) or {})
-    try:
-        return build_model_with_cfg(
-            model_cls, variant, pretrained, feature_cfg=features, pretrained_filter_fn=spread_stem, **kwargs
-        )
-    except OSError as error:
-        if pretrained:
-            advice = (
-                f'{variant}: the pretrained weights are not in the cache and could not be downloaded. Connect to the '
-                'Hugging Face Hub once, or point HF_HOME to a filled cache, or name a local file with '
-                "pretrained_cfg_overlay={'file': PATH}, or pass pretrained=False."
-            )
-            error.args = (f'{error}\n{advice}', *error.args[1:]) if len(error.args) < 2 else error.args
-        raise

@@ -1,23 +1,22 @@
-"""The weights that come with the package: one folder `<architecture>.<tag>` each, laid out like a Hub repository.
+"""How the package's models come to timm, with the weights that it brings: a folder `<architecture>.<tag>` each.
 
-A folder is a tag: `timm.create_model('sd_resnet32_cifar.fmnist', pretrained=True)` reads it, without a network.
+It is laid out like a Hub repository: `timm.create_model('sd_resnet32_cifar.fmnist', pretrained=True)` reads it.
 """
-
-from __future__ import annotations
 
 import inspect
 import json
 from pathlib import Path
 from typing import Any
 
-from timm.models import PretrainedCfg
-from timm.models import adapt_input_conv as timm_adapt_input_conv
+from timm.models import PretrainedCfg, adapt_input_conv, build_model_with_cfg, register_model
 from torch import Tensor, nn
+
+from .stages import StochasticFeatures
 
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 
 # Later versions of timm spread a stem of any number of channels; earlier ones take every stem for one of three.
-_TIMM_SPREADS = 'base_chans' in inspect.signature(timm_adapt_input_conv).parameters
+_TIMM_SPREADS = 'base_chans' in inspect.signature(adapt_input_conv).parameters
 
 
 def weights_folder() -> Path | None:
@@ -39,32 +38,53 @@ def released_folders(folder: Path) -> dict[str, Path]:
 
 
 def released(*architectures: str) -> dict[str, PretrainedCfg]:
-    """Pretrained configurations, read from the folders, by `<architecture>.<tag>`.
-
-    Args:
-        architectures: Whose.
-    """
+    """Pretrained configurations of these architectures, read from the folders, by `<architecture>.<tag>`."""
     folder = weights_folder()
     found = {}
     for name, path in released_folders(folder).items() if folder else ():
         if name.split('.')[0] in architectures:
-            config = json.loads((path / CONFIG).read_text(encoding='utf-8'))
-            own = {
-                key: value for key, value in config['pretrained_cfg'].items() if key not in ('tag', 'hf_hub_filename')
-            }
+            config = json.loads((path / CONFIG).read_text(encoding='utf-8'))['pretrained_cfg']
+            own = {key: value for key, value in config.items() if key not in ('tag', 'hf_hub_filename')}
             found[name] = PretrainedCfg(**{**own, 'file': str(path / WEIGHTS)})
     return found
 
 
+def entrypoint(module: str, model_cls: Any, name: str, text: str, **own: Any) -> Any:
+    """Register model `name` with timm, under the module of that `__name__`, which holds its `default_cfgs`.
+
+    `text` is the entrypoint's docstring; `own` are arguments of the network, which the entrypoint's may replace.
+    """
+
+    def create(pretrained: bool = False, **kwargs: Any) -> Any:
+        return build(model_cls, name, pretrained, **{**own, **kwargs})
+
+    create.__module__, create.__name__, create.__qualname__, create.__doc__ = module, name, name, text
+    return register_model(create)
+
+
+def build(model_cls: Any, variant: str, pretrained: bool, **kwargs: Any) -> Any:
+    """timm's builder; where pretrained weights cannot be had, its error with one line on what to do."""
+    features = dict(feature_cls=StochasticFeatures, out_indices=tuple(range(1 + len(model_cls.stage_names))))
+    features.update(kwargs.pop('feature_cfg', None) or {})
+    try:
+        return build_model_with_cfg(
+            model_cls, variant, pretrained, feature_cfg=features, pretrained_filter_fn=spread_stem, **kwargs
+        )
+    except OSError as error:
+        if pretrained:
+            advice = (
+                f'{variant}: the pretrained weights are not in the cache and could not be downloaded. Connect to the '
+                'Hugging Face Hub once, or point HF_HOME to a filled cache, or name a local file with '
+                "pretrained_cfg_overlay={'file': PATH}, or pass pretrained=False."
+            )
+            error.args = (f'{error}\n{advice}',) if len(error.args) < 2 else error.args
+        raise
+
+
 def spread_stem(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """For versions of timm that cannot: bring a stem of one channel to three, of which timm makes any other number.
+    """For versions of timm that cannot: a stem of one channel for three, of which timm makes any other number.
 
-    The same rule as theirs: the channels repeated, and divided by their number, so that a grey image in three channels
-    gives what it gave in one.
-
-    Args:
-        state_dict: About to be loaded.
-        model: That takes it.
+    By the rule of those that can: repeated, and divided by three, so that a grey image gives what it gave.
     """
     config: Any = model.pretrained_cfg
     name: Any = (config or {}).get('first_conv')

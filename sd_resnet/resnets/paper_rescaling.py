@@ -7,9 +7,9 @@ changes or a checkpoint of another convention is loaded. The first edition wrote
 network here folds them in.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import reduce
 from typing import Any
 
 import torch
@@ -17,20 +17,15 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..core.drop_path import StochasticDepth, check_settings
+from ..core.drop_path import StochasticDepth
 from ..core.private_api import buffer_of
+from ..core.refusals import check_settings
 
 KEY = 'drop_path.survival_prob'  # after a block's name
 
 
 class PaperStochasticDepth(StochasticDepth):
-    """`StochasticDepth` to the paper's letter, for a block that drops: see there.
-
-    Args:
-        survival_prob: p_l, in (0, 1).
-        mode: As there.
-        like: A tensor of the block, whose device and type the buffer gets.
-    """
+    """`StochasticDepth` to the paper's letter, for a block that drops; `like` is a tensor of it, for the buffer."""
 
     rescale = 'test'
 
@@ -80,37 +75,27 @@ def check_rescale(block: nn.Module, survival_prob: float, mode: str, rescale: st
 
 
 def set_block(block: Any, survival_prob: float, mode: str, rescale: str, keep_function: bool) -> None:
-    """Set a block's survival probability, mode and rescaling, in place.
+    """Set a block's p_l, mode and rescaling, in place, after `check_rescale`.
 
-    Args:
-        block: A residual block.
-        survival_prob: p_l, in (0, 1].
-        mode: See `StochasticDepth`.
-        rescale: `'train'`, or `'test'`.
-        keep_function: Rescale the last norm, so that the test-time function stays.
-
-    Raises:
-        ValueError: As `check_rescale`.
+    With `keep_function` the last norm is rescaled, so that the test-time function stays.
     """
-    check_rescale(block, survival_prob, mode, rescale)
     before = evaluation_factor(block)
     letter = rescale == 'test' and survival_prob < 1
     if letter and not isinstance(block.drop_path, PaperStochasticDepth):
-        block.drop_path = PaperStochasticDepth(survival_prob, mode, _last_norm(block).weight).train(block.training)
+        block.drop_path = PaperStochasticDepth(survival_prob, mode, last_norm(block).weight).train(block.training)
     elif not letter and type(block.drop_path) is not StochasticDepth:
         block.drop_path = StochasticDepth().train(block.training)
     block.drop_path.configure(survival_prob, mode)
     factor = before / evaluation_factor(block)
     if keep_function and factor != 1:
-        own = _last_norm(block).state_dict()  # tensors that share their data
-        for name, scaled in _scaled(block, own, factor).items():
-            own[name].data.copy_(scaled)
+        own = last_norm(block).state_dict()  # tensors that share their data
+        for name, value in _rescaled(block, own, factor).items():
+            own[name].data.copy_(value)
 
 
 def evaluation_factor(block: Any) -> float:
     """What the branch is multiplied by in evaluation."""
-    drop_path = block.drop_path
-    return drop_path.p_l if isinstance(drop_path, PaperStochasticDepth) else 1.0
+    return block.drop_path.p_l if isinstance(block.drop_path, PaperStochasticDepth) else 1.0
 
 
 def fold(
@@ -122,10 +107,7 @@ def fold(
 
     Args:
         block: A residual block of timm's ResNet, or of this package.
-        state_dict: What `Module._load_from_state_dict` is given, as for the rest.
-        prefix: The block's name and a dot.
-        local_metadata: Of the block.
-        errors: Is told what cannot be right.
+        state_dict: What `Module._load_from_state_dict` is given, as `prefix`, `local_metadata`, and `errors`.
     """
     own = block.drop_path if isinstance(block.drop_path, PaperStochasticDepth) else None
     stored = state_dict.pop(f'{prefix}{KEY}', None)
@@ -133,25 +115,20 @@ def fold(
         return
     valid = isinstance(stored, Tensor) and stored.numel() == 1 and (stored.is_meta or 0 < float(stored) <= 1)
     if stored is not None and not valid:
-        errors.append(f'{prefix}{KEY} must be a survival probability in (0, 1], got {stored!r}')
-        return
+        return errors.append(f'{prefix}{KEY} must be a survival probability in (0, 1], got {stored!r}')
     norm_prefix = f'{prefix}{last_norm_name(block)}.'
     given = {k.removeprefix(norm_prefix): tensor for k, tensor in state_dict.items() if k.startswith(norm_prefix)}
-    factor = _factor(stored, own)
+    factor, assign = _factor(stored, own), local_metadata.get('assign_to_params_buffers', False)
     try:
         if factor != 1 and (given or stored is not None):
             check_rescalable(block)
             _check_whole(block, given, stored is None)
-            assign = local_metadata.get('assign_to_params_buffers', False)
-            for name, scaled in _scaled(block, given, factor).items():
-                state_dict[f'{norm_prefix}{name}'] = scaled.to(given[name].dtype) if assign else scaled
+            for name, value in _rescaled(block, given, factor).items():
+                state_dict[f'{norm_prefix}{name}'] = value.to(given[name].dtype) if assign else value
     except ValueError as error:
-        errors.append(f'{prefix}{KEY} cannot be folded into the weights: it {error}')
-        return
+        return errors.append(f'{prefix}{KEY} cannot be folded into the weights: it {error}')
     if own is not None:
-        like = given.get('weight', own.survival_prob)
-        if not local_metadata.get('assign_to_params_buffers', False):
-            like = own.survival_prob
+        like = given.get('weight', own.survival_prob) if assign else own.survival_prob
         state_dict[f'{prefix}{KEY}'] = torch.full((), own.p_l, dtype=like.dtype, device=like.device)
 
 
@@ -169,18 +146,15 @@ def fold_all(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadat
 
 
 def last_norm_name(block: nn.Module) -> str:
-    """Of the norm layer that ends the branch.
-
-    Raises:
-        ValueError: It is no block of timm's ResNet.
-    """
+    """Of the norm layer that ends the branch; a ValueError where it is no block of timm's ResNet."""
     for kind, name in ((BasicBlock, 'bn2'), (Bottleneck, 'bn3')):
         if isinstance(block, kind):
             return name
     raise ValueError(f'{type(block).__name__} is no block of a ResNet')
 
 
-def _last_norm(block: nn.Module) -> Any:
+def last_norm(block: nn.Module) -> Any:
+    """The norm layer itself."""
     return getattr(block, last_norm_name(block))
 
 
@@ -195,24 +169,20 @@ def _factor(stored: Tensor | None, own: PaperStochasticDepth | None) -> float:
 
 
 def check_rescalable(block: nn.Module) -> None:
-    """Can a factor of the branch be kept in the weights of its last norm?
-
-    Raises:
-        ValueError: It cannot.
-    """
+    """Raise a ValueError where a factor of the branch cannot be kept in the weights of its last norm."""
     if getattr(block, 'se', None) is not None:
         raise ValueError('cannot be combined with an attention layer after the last norm layer')
-    norm = _last_norm(block)
+    norm = last_norm(block)
     if getattr(norm, 'weight', None) is None or getattr(norm, 'bias', None) is None:
         raise ValueError(f'needs a last norm layer with weight and bias, got {norm}')
     tensors = norm.state_dict()
     if not any(tensor.is_meta for tensor in tensors.values()):
-        _scaled(block, tensors, 0.5)
+        _rescaled(block, tensors, 0.5)
 
 
 def _check_whole(block: nn.Module, given: dict[str, Tensor], convention_unknown: bool) -> None:
-    """Are the norm's tensors all there, and is it known which convention they are of?"""
-    norm = _last_norm(block)
+    """Raise a ValueError unless the norm's tensors are all there, and it is known which convention they are of."""
+    norm = last_norm(block)
     own = {name for name in norm.state_dict() if not name.startswith(('aux_bn.', 'running_', 'num_batches_tracked'))}
     if missing := own - given.keys():
         raise ValueError(f'needs {", ".join(sorted(missing))} of {last_norm_name(block)} beside it')
@@ -223,34 +193,28 @@ def _check_whole(block: nn.Module, given: dict[str, Tensor], convention_unknown:
         )
 
 
-def _scaled(block: nn.Module, tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+def _rescaled(block: nn.Module, tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
     """What multiplies the last norm's output by a factor: new values for some of the tensors of its state dict.
 
-    Parametrised, pruned and split norms included.
-
-    Raises:
-        ValueError: There are no such values.
+    Parametrised, pruned and split norms included; a ValueError where there are no such values.
     """
     found: dict[str, Tensor] = {}
-    for place, module in _last_norm(block).named_modules():
+    for place, module in last_norm(block).named_modules():
         if 'parametrizations' in place:
             continue
         dot = f'{place}.' if place else ''
-        held = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
+        held = {name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
         for kind in ('weight', 'bias'):
             if parametrize.is_parametrized(module, kind):
                 chain: Any = module.parametrizations[kind]
-                count = '' if chain.is_tensor else range(chain.ntensors)
-                names = [f'{dot}parametrizations.{kind}.original{i}' for i in count or ('',)]
+                count = [''] if chain.is_tensor else range(chain.ntensors)
+                names = [f'{dot}parametrizations.{kind}.original{i}' for i in count]
                 if all(name in tensors for name in names):
                     found.update(zip(names, _originals(chain, [tensors[name] for name in names], factor)))
                 continue
-            name = kind
-            if f'{kind}_mask' in held:  # torch.nn.utils.prune
-                name = f'{kind}_orig'
-            elif f'{kind}_g' in held:  # torch.nn.utils.weight_norm
-                name = f'{kind}_g'
-            elif kind not in held and getattr(module, kind, None) is not None:
+            # Behind torch.nn.utils.prune, and torch.nn.utils.weight_norm; spectral_norm has no mask, and divides again
+            name = f'{kind}_orig' if f'{kind}_mask' in held else f'{kind}_g' if f'{kind}_g' in held else kind
+            if name not in held and getattr(module, kind, None) is not None:
                 raise ValueError(f'needs a last norm layer whose {kind} is a parameter, got {module}')
             if f'{dot}{name}' in tensors:
                 found[f'{dot}{name}'] = _times(tensors[f'{dot}{name}'], factor)
@@ -262,25 +226,18 @@ def _originals(chain: Any, originals: list[Tensor], factor: float) -> list[Tenso
     """What a parametrised tensor, times a factor, is made of."""
 
     def value(tensors: Sequence[Tensor]) -> Tensor:
-        x = chain[0](*tensors)
-        for further in list(chain)[1:]:
-            x = further(x)
-        return x
+        return reduce(lambda x, each: each(x), list(chain)[1:], chain[0](*tensors))
 
     def inverse(x: Any) -> list[Tensor]:
-        for each in reversed(list(chain)):
-            x = each.right_inverse(x)
+        x = reduce(lambda x, each: each.right_inverse(x), reversed(list(chain)), x)
         return [x] if isinstance(x, Tensor) else list(x)
 
     wanted = value(originals) * factor
-    candidates = [lambda: [_times(originals[0], factor), *originals[1:]], lambda: inverse(wanted)]
-    for candidate in candidates:
-        try:
+    for candidate in (lambda: [_times(originals[0], factor), *originals[1:]], lambda: inverse(wanted)):
+        with suppress(AttributeError, NotImplementedError):  # torch's word where there is no `right_inverse`
             tensors = candidate()
-        except (AttributeError, NotImplementedError):  # torch's word for a parametrisation without `right_inverse`
-            continue
-        if torch.allclose(value(tensors), wanted):
-            return tensors
+            if torch.allclose(value(tensors), wanted):
+                return tensors
     raise ValueError(f'needs a last norm layer whose parametrisation can be inverted, got {chain}')
 
 

@@ -1,155 +1,197 @@
-"""Tables of the study, from its records alone: the same records give the same bytes.
+"""Tables and pictures of the study, from its records alone: the same records give the same bytes.
 
-Whatever cells are there are used; what is missing is named. `study_plots` draws the pictures.
+Whatever cells are there are used; what is missing is named.
 """
 
-from __future__ import annotations
-
 import os
-import statistics
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from ..core.schedules import expected_depth
-from .cells import CELLS, Cell
+from ..figures import METHODS, new_figure, save_figure
+from .cells import COMMAND, CONSTANT, STOCHASTIC, Records
 from .claims import MISSING, claims_table, table
-from .records import (
-    CONSTANT,
-    STOCHASTIC,
-    Record,
-    Records,
-    cpu_seconds,
-    final_error,
-    late_gradient,
-    observed_depth,
-    sweep,
-)
 
-TABLES = 'tables.md'
-CLAIMS = ('<!-- claims: written by sd-resnet study --report -->', '<!-- end of claims -->')
-ALTERNATIVES = {  # text of each picture
+MARKERS = (f'<!-- claims: written by {COMMAND} --report -->', '<!-- end of claims -->')
+PICTURES = {  # what each shows
     'curves': 'Test error and training loss per epoch, constant depth against stochastic depth (Fig. 3 of the paper)',
     'gradient': 'Mean absolute gradient of the first convolution per epoch (Fig. 7 of the paper)',
     'sweep': 'Test error over the survival probability of the last block, linear and uniform (Fig. 8 of the paper)',
     'sub_networks': 'Test error of averages of sub-networks, and with blocks removed at test time',
 }
+TITLES = {CONSTANT: 'constant depth', STOCHASTIC: 'stochastic depth, $p_L$ = 0.5'}
 
 
-def write_report(folder: Path, card: Path | None = None, cells: Sequence[Cell] = CELLS) -> Records:
-    """Write `tables.md` beside the records, and the claims into a card, between its two markers.
-
-    Args:
-        folder: Of the records.
-        card: A Markdown file with the markers; None for none.
-        cells: What the study consists of.
+def write_report(records: Records, card: Path | None = None) -> Path:
+    """Write `tables.md` beside the records, and the claims into a card, a Markdown file, between its two markers.
 
     Raises:
-        ValueError: There is no record, one is damaged, or the card has no markers.
+        ValueError: There is no record, or the card has no markers.
     """
-    records = Records(folder, cells)
     if not records.found:
-        raise ValueError(f'{folder} holds no record of a cell; run some with sd-resnet study first')
-    parts = ['# The study: tables', _preface(records), '## Claims', claims_table(records)]
-    parts += ['## Cells', cells_table(records), '## Sub-networks', ensemble_table(records)]
-    parts += ['## Blocks removed at test time', removal_table(records), '## Pictures', _pictures(records, '')]
-    (folder / TABLES).write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
+        raise ValueError(f'{records.folder} holds no record of a cell; run some with {COMMAND} first')
+    claims, tables = claims_table(records), records.folder / 'tables.md'
+    parts = ['# The study: tables', _preface(records), '## Claims', claims, '## Cells', *_cells(records)]
+    parts += [*_analyses(records), '## Pictures', *_links('')]
+    tables.write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
     if card is not None:
-        text = card.read_text(encoding='utf-8')
-        before, start, rest = text.partition(CLAIMS[0])
-        _, end, after = rest.partition(CLAIMS[1])
-        if not start or not end or any(text.count(marker) > 1 for marker in CLAIMS):
-            raise ValueError(f'{card} must hold the lines {CLAIMS[0]} and {CLAIMS[1]}, each once')
-        claims = f'{claims_table(records)}\n\n{_pictures(records, f"{os.path.relpath(folder, card.parent)}/")}'
-        card.write_text(f'{before}{CLAIMS[0]}\n{claims}\n{CLAIMS[1]}{after}', encoding='utf-8')
-    return records
+        parts = re.split(f'({"|".join(MARKERS)})', card.read_text(encoding='utf-8'))
+        if parts[1::2] != [*MARKERS]:
+            raise ValueError(f'{card} must hold the lines {MARKERS[0]} and {MARKERS[1]}, each once')
+        claims = '\n\n'.join([claims, *_links(f'{os.path.relpath(records.folder, card.parent)}/')])
+        card.write_text(''.join([*parts[:2], f'\n{claims}\n', *parts[3:]]), encoding='utf-8')
+    return tables
+
+
+def _links(folder: str) -> list[str]:
+    return [f'![{text}]({folder}{name}.png)' for name, text in PICTURES.items()]
 
 
 def _preface(records: Records) -> str:
-    any_record = next(iter(records.found.values()))
-    scale = any_record['scale']
-    lines = [
-        f'Written by `sd-resnet study --report` from the records in this folder. {scale["model"]}, '
-        f'L = {len(any_record["survival_probs"])} blocks, {scale["images"]:,} training images of Fashion-MNIST, '
-        f'{scale["epochs"]} epochs of {any_record["steps_per_epoch"]} steps, tested on all 10,000 test images after '
+    content = next(iter(records.found.values())).content
+    scale = content['scale']
+    missing = f'\n\nMissing cells: {", ".join(records.missing)}.' if records.missing else ''
+    return (
+        f'Written by `{COMMAND} --report` from the records in this folder. {scale["model"]}, '
+        f'L = {len(content["survival_probs"])} blocks, {scale["images"]:,} training images of Fashion-MNIST, '
+        f'{scale["epochs"]} epochs of {content["steps_per_epoch"]} steps, tested on all 10,000 test images after '
         'the last epoch. Mean ± standard deviation over seeds. CPU seconds: of the training steps, in one thread.'
-    ]
-    if records.missing:
-        lines.append(f'Missing cells: {", ".join(records.missing)}.')
-    return '\n\n'.join(lines)
-
-
-def drawn(records: Records) -> list[str]:
-    """Names of the pictures that there are records for."""
-    both = bool(records.of(CONSTANT) and records.of(STOCHASTIC))
-    possible = {
-        'curves': both,
-        'gradient': both,
-        'sweep': len(sweep(records, 'linear')) > 1,
-        'sub_networks': any(record['analysis'] for record in records.found.values()),
-    }
-    return [name for name in ALTERNATIVES if possible[name]]
-
-
-def _pictures(records: Records, folder: str) -> str:
-    return '\n\n'.join(f'![{ALTERNATIVES[name]}]({folder}{name}.png)' for name in drawn(records)) or f'{MISSING}.'
-
-
-def cells_table(records: Records) -> str:
-    """One row per cell."""
-    rows = [
-        [
-            name,
-            f'{final_error(record):.2f}',
-            f'{record["epochs"]["train_loss"][-1]:.4f}',
-            f'{observed_depth(record):.2f}',
-            f'{expected_depth(record["survival_probs"]):.2f}',
-            f'{late_gradient(record):.2e}',
-            f'{cpu_seconds(record):.0f}',
-            _share_of_constant(records, record),
-        ]
-        for name, record in records.found.items()
-    ]
-    header = (
-        *('cell', 'test error (%)', 'last training loss', 'branches run per step', 'mean number of active blocks'),
-        *('gradient, last quarter', 'CPU seconds', "of constant depth's"),
+        f'{missing}'
     )
+
+
+def _cells(records: Records) -> tuple[str, str]:
     note = (
         'Branches run are counted, active blocks are the sum of p_l: row mode computes every branch. The last column '
         'divides by the constant-depth cell of the same seed.'
     )
-    return f'{note}\n\n{table(*header, rows=rows)}'
+    header = (
+        *('cell', 'test error (%)', 'last training loss', 'branches run per step', 'mean number of active blocks'),
+        *('gradient, last quarter', 'CPU seconds', "of constant depth's"),
+    )
+    rows = []
+    for name, r in records.found.items():
+        active, constant = expected_depth(r.content['survival_probs']), records.constant(r)
+        ratio = r.seconds / constant.seconds if constant else ''
+        gradient, seconds = f'{r.gradient:.2e}', f'{r.seconds:.0f}'
+        rows.append((name, r.error, f'{r.loss:.4f}', r.depth, active, gradient, seconds, ratio))
+    return note, table(header, rows)
 
 
-def _share_of_constant(records: Records, record: Record) -> str:
-    constant = [r for r in records.of(CONSTANT, record['augmented']) if r['seed'] == record['seed']]
-    return f'{cpu_seconds(record) / cpu_seconds(constant[0]):.2f}' if constant else ''
-
-
-def ensemble_table(records: Records) -> str:
-    """Errors of sub-networks and of their averages, seed 0."""
-    analysed = {name: record['analysis'] for name, record in records.found.items() if record['analysis']}
-    if not analysed:
-        return f'{MISSING.capitalize()}.'
-    sizes = list(dict.fromkeys(n for analysis in analysed.values() for n in analysis['averages']))
-    rows = [[name, f'{a["full"]:.2f}', *(_mean(a['averages'].get(n)) for n in sizes)] for name, a in analysed.items()]
-    note = (
+def _analyses(records: Records) -> tuple[str, ...]:
+    """Their numbers n are those of the scale, the same for all cells."""
+    analyses = records.analysed.values()
+    averages, removed = ([analysis[part] for analysis in analyses] for part in ('averages', 'removed'))
+    rows = [[cell, parts['full'], *_means(parts['averages']).values()] for cell, parts in records.analysed.items()]
+    return (
+        '## Sub-networks',
         'Test error in percent of the whole network, as it is tested, and of averages of n sub-networks, drawn with '
         'p_L = 0.5 and unscaled as in training; mean over the groups of n that the sample holds. In bfloat16 as the '
-        'test errors above, but in batches of another size: a few images come out otherwise.'
+        'test errors above, but in batches of another size: a few images come out otherwise.',
+        table(['cell', 'whole', *(f'n = {n}' for each in averages[:1] for n in each)], rows),
+        '## Blocks removed at test time',
+        'Mean test error in percent; n = 1: each block once; else random sets of blocks, the same for all cells.',
+        table(
+            ['blocks removed', *records.analysed],
+            list(zip(*removed[:1], *(_means(errors).values() for errors in removed))),
+        ),
     )
-    return f'{note}\n\n{table("cell", "whole", *(f"n = {n}" for n in sizes), rows=rows)}'
 
 
-def removal_table(records: Records) -> str:
-    """Errors after removing n blocks."""
-    analysed = {name: record['analysis']['removed'] for name, record in records.found.items() if record['analysis']}
-    if not analysed:
-        return f'{MISSING.capitalize()}.'
-    counts = list(dict.fromkeys(n for removed in analysed.values() for n in removed))
-    rows = [[n, *(_mean(removed.get(n)) for removed in analysed.values())] for n in counts]
-    note = 'Mean test error in percent; n = 1: each block once; else random sets of blocks, the same for all cells.'
-    return f'{note}\n\n{table("blocks removed", *analysed, rows=rows)}'
+def _means(errors: Mapping[str, Sequence[float]]) -> dict[int, float]:
+    return {int(n): fmean(each) for n, each in errors.items()}
 
 
-def _mean(values: Sequence[float] | None) -> str:
-    return f'{statistics.fmean(values):.2f}' if values else ''
+def plot_study(records: Records) -> list[Path]:
+    """Draw beside the records what is there of them, the same method in the same colour everywhere.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+    """
+    curves = {'test_error': 'test error (%)', 'train_loss': 'training loss (cross entropy)'}
+    gradient = {'gradient': 'mean absolute gradient, first convolution'}
+    figures = [_plot_epochs(records, curves, height=6.2), _plot_epochs(records, gradient, mean_over=5)]
+    figures += [_plot_sweep(records), _plot_analyses(records)]
+    paths = [records.folder / f'{name}.png' for name in PICTURES]
+    for path, figure in zip(paths, figures):
+        for axis in figure.axes:
+            axis.title.set_fontsize(11)
+            if axis.has_data():
+                axis.legend(fontsize=8, frameon=False)
+            else:
+                axis.text(0.5, 0.5, MISSING, ha='center', transform=axis.transAxes)
+        save_figure(figure, path)
+    return paths
+
+
+def _plot_epochs(records: Records, rows: Mapping[str, str], height: float = 3.6, mean_over: int = 1) -> Any:
+    """Figs. 3 and 7 of the paper, a quantity a row: thin lines for seeds, thick ones for their mean."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    figure, axes = new_figure(2, height, rows=len(rows), sharex='col')
+    for augmented, column in enumerate(axes.T):
+        for axis, (name, label) in zip(column, rows.items()):
+            marker = '.' if name == 'test_error' else ''  # not every epoch is tested
+            for method, title in TITLES.items():
+                style = {'color': METHODS[method]}
+                curves = [_running_means(r.epochs[name], mean_over) for r in records.of(method, bool(augmented))]
+                for curve in curves:
+                    axis.plot(*zip(*curve.items()), **style, linewidth=0.6, alpha=0.5, marker=marker, markersize=3)
+                if curves:
+                    mean = [*map(fmean, zip(*(curve.values() for curve in curves)))]
+                    axis.plot(list(curves[0]), mean, **style, linewidth=1.8, label=title)
+            axis.set(yscale='log', ylabel=label)
+            if name == 'test_error':
+                ticks, minor = FixedLocator([10, 12, 15, 20, 30, 50, 90]), NullLocator()
+                axis.yaxis.set(major_locator=ticks, minor_locator=minor, major_formatter='{x:g}')
+        column[0].set_title('pad, crop and flip' if augmented else 'no augmentation')
+        column[-1].set_xlabel('epoch')
+    return figure
+
+
+def _running_means(values: Sequence[float | None], over: int) -> dict[int, float]:
+    """By epoch, of the last values; epochs without one are left out."""
+    measured = {epoch: value for epoch, value in enumerate(values, start=1) if value is not None}
+    found = list(measured.values())
+    return {epoch: fmean(found[max(0, end - over) : end]) for end, epoch in enumerate(measured, start=1)}
+
+
+def _plot_sweep(records: Records) -> Any:
+    """Fig. 8 of the paper."""
+    figure, ((axis,),) = new_figure(1)
+    for schedule, marker in (('linear', 'o-'), ('uniform', 's-')):
+        if errors := records.sweep(schedule):
+            axis.plot(*zip(*errors.items()), marker, color=METHODS[f'{schedule}-0.5'], markersize=6, label=schedule)
+    hollow = {'markersize': 9, 'markerfacecolor': 'none', 'markeredgewidth': 1.5}  # linear's point shows through
+    for method, label in (('row-0.5', "row mode, timm's rule"), ('subset-0.5', 'subset mode, linear')):
+        for record in records.of(method):
+            axis.plot(0.5, record.error, 'D', color=METHODS[method], **hollow, label=label)
+    if 1.0 in errors:
+        axis.axhline(errors[1.0], color=METHODS[CONSTANT], linestyle='--', label='constant depth')
+    axis.set(xlabel='survival probability of the last block, $p_L$', ylabel='test error (%)')
+    axis.set_title('Seed 0, no augmentation')
+    return figure
+
+
+def _plot_analyses(records: Records) -> Any:
+    """Averages of sub-networks, and blocks removed at test time."""
+    figure, ((ensemble, removal),) = new_figure(2)
+    for record in (*records.of(CONSTANT), *records.of(STOCHASTIC)):
+        if parts := record.analysis:
+            title, style = TITLES[record.cell.method], {'color': METHODS[record.cell.method], 'markersize': 5}
+            ensemble.plot(*zip(*_means(parts['averages']).items()), 'o-', **style, label=f'{title}: average')
+            ensemble.axhline(parts['full'], **style, linestyle='--', linewidth=1, label=f'{title}: whole net')
+            removed = {'0': [parts['full']], **parts['removed']}
+            for n, errors in removed.items():
+                removal.plot([int(n)] * len(errors), errors, '.', **style, alpha=0.35)
+            removal.plot(*zip(*_means(removed).items()), 'o-', **style, label=title)
+    ensemble.set_xscale('log', base=2)
+    ensemble.xaxis.set_major_formatter('{x:g}')
+    ensemble.set(yscale='log', xlabel='sub-networks in the average', ylabel='test error (%)')
+    ensemble.yaxis.set(major_formatter='{x:g}', minor_formatter='{x:g}')
+    ensemble.set_title('Sampled sub-networks, $p_L$ = 0.5')
+    removal.set(xlabel='blocks removed at test time', ylabel='test error (%)', title='Blocks removed')
+    return figure

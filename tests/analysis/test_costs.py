@@ -40,5 +40,5 @@ def test_the_table_has_a_row_per_block_and_the_sums():
 
 
 def test_another_model_is_refused():
-    with pytest.raises(ValueError, match=r"must be sd_ before a name of timm, or one of .*, got 'resnet50'"):
+    with pytest.raises(ValueError, match=r"model must be sd_resnet50, .*, got 'resnet50'"):
         network_cost('resnet50')

@@ -10,7 +10,7 @@ from timm.data import create_dataset, create_transform, resolve_data_config
 from torch.utils.data import Subset
 
 from sd_resnet.analysis import evaluation
-from sd_resnet.analysis.datasets import NAME, evaluation_loader
+from sd_resnet.analysis.datasets import NAME
 from sd_resnet.analysis.evaluation import evaluate
 from sd_resnet.cli import main as cli
 
@@ -43,7 +43,7 @@ def test_the_same_as_by_hand(fashion):
 
 def test_the_first_images_only(fashion, monkeypatch):
     """Of several batches, the last of which is cut; without a terminal no progress bar counts along."""
-    monkeypatch.setattr(evaluation, 'evaluation_loader', lambda *args, **_: evaluation_loader(*args, batch_size=20))
+    monkeypatch.setattr(evaluation, 'BATCH', 20)
     model = grey()
     found = evaluate(model, fashion, images=30)
     first = Subset(create_dataset(NAME, root=str(fashion), split='test'), range(30))
@@ -99,7 +99,7 @@ def test_folders_of_images_for_a_model_of_grey_images(tmp_path):
 
 
 def test_what_does_not_fit_is_said(fashion, tmp_path, capsys):
-    with pytest.raises(ValueError, match='StochasticCifarResNet has 7 classes, the data set in'):
+    with pytest.raises(ValueError, match='StochasticCifarResNet has 7 classes, the test images in'):
         evaluate(make('sd_resnet20_cifar', num_classes=7), fashion)
     assert cli.main(['evaluate', 'sd_resnet20_cifar', '--data', str(tmp_path)]) == 1
     assert 'holds neither FashionMNIST/raw nor a folder "validation"' in one_line(capsys)

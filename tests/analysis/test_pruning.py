@@ -14,15 +14,9 @@ from torch import nn
 
 import sd_resnet
 from sd_resnet.analysis import datasets, pruning
-from sd_resnet.analysis.pruning import (
-    check_savable,
-    error_and_loss,
-    estimate_statistics,
-    forward_flops,
-    load,
-    prune,
-    save,
-)
+from sd_resnet.analysis.costs import count_flops
+from sd_resnet.analysis.evaluation import measure, open_images
+from sd_resnet.analysis.pruning import check_savable, load, prune, save, update_bn
 from sd_resnet.cli import main as cli
 from sd_resnet.converted.convert import converted_blocks
 
@@ -34,7 +28,7 @@ from ..converted.test_converted_models import VIT
 def test_statistics_are_those_of_the_images():
     model = make('sd_resnet20_cifar', drop_path_rate=0)
     x = images(16)
-    estimate_statistics(model, [(x[:8], None), (x[8:], None)])
+    update_bn([(x[:8], None), (x[8:], None)], model)
     seen = [model.conv1(part) for part in (x[:8], x[8:])]
     mean = torch.stack([part.mean((0, 2, 3)) for part in seen]).mean(0)
     torch.testing.assert_close(model.bn1.running_mean, mean, rtol=1e-4, atol=1e-5)
@@ -78,7 +72,7 @@ def test_prune_removes_blocks_until_half_of_the_branches_is_left(folder, capsys)
     assert points[0]['test_error'] is not None
     assert (folder / 'p.png').stat().st_size > 10000
     small = timm.create_model(f'local-dir:{folder / "small"}', pretrained=True).eval()
-    assert forward_flops(small, (3, 32, 32)) == points[-1]['flops']
+    assert count_flops(small, (3, 32, 32))[''] == points[-1]['flops']
     stored = load(str(folder / 'run')).bn1.running_mean
     assert not torch.equal(small.bn1.running_mean, stored)  # estimated anew, on these images
 
@@ -99,13 +93,17 @@ def test_what_prune_cannot_do_is_one_line(folder, capsys, flags, message):
 
 def test_error_is_the_share_of_wrong_answers():
     class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.of_a_type = nn.Parameter(torch.zeros(1))
+
         def forward(self, x):
             return x
 
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 1.0]])
-    error, loss = error_and_loss(Fixed(), [(logits[:2], torch.tensor([0, 0])), (logits[2:], torch.tensor([0]))])
-    assert error == pytest.approx(100 / 3)
-    assert loss == pytest.approx(float(nn.functional.cross_entropy(logits, torch.zeros(3, dtype=torch.long))))
+    found = measure(Fixed(), [(logits[:2], torch.tensor([0, 0])), (logits[2:], torch.tensor([0]))])
+    assert 100 - found.top1 == pytest.approx(100 / 3)
+    assert found.loss == pytest.approx(float(nn.functional.cross_entropy(logits, torch.zeros(3, dtype=torch.long))))
 
 
 @pytest.mark.parametrize('name', ['swin_tiny_patch4_window7_224', 'resnetv2_18', 'tf_efficientnetv2_b0'])
@@ -202,7 +200,7 @@ def test_the_folder_is_written_before_what_may_fail(folder, capsys):
 def test_the_last_batch_of_statistics_is_as_large_as_the_others(tmp_path, monkeypatch):
     """A smaller one would count as much; a single image would not do for a map of one pixel."""
     model = make('sd_resnet20_cifar', num_classes=2)
-    dataset = pruning._split(model, 'it', write_images(tmp_path), 'train')
+    dataset = open_images(write_images(tmp_path), 'train', model, 'it')
     monkeypatch.setattr(pruning, 'BATCH', 5)
     monkeypatch.setattr(pruning, 'STATISTICS_IMAGES', 16)
     held_out, statistics = pruning._training_images(model, dataset, 7)
@@ -244,7 +242,7 @@ def test_padded_training_images_are_those_that_were_padded(fashion):
     model = make('sd_resnet20_cifar', in_chans=1, pretrained_cfg_overlay=overlay)
     padded = datasets.write_fashion_mnist(fashion.parent / 'padded', pad=4, source=fashion)
     plain, cut = (
-        pruning._training_images(model, pruning._split(model, 'it', data, 'train'), 7) for data in (fashion, padded)
+        pruning._training_images(model, open_images(data, 'train', model, 'it'), 7) for data in (fashion, padded)
     )
     for part, other in zip(plain, cut):
         assert all(torch.equal(a, b) for (a, _), (b, _) in zip(part, other))
@@ -256,7 +254,7 @@ def test_a_network_built_for_another_size_and_type_is_pruned_at_its_own(tmp_path
     record, networks = prune(model, 'it', write_images(tmp_path), 0.7, 5, progress=False)
     assert [len(point.kept) for point in record.points] == [3, 2]
     pruning.measure_latency(record.points, networks)
-    assert record.points[0].flops == forward_flops(model.float(), (3, 32, 32))
+    assert record.points[0].flops == count_flops(model.float(), (3, 32, 32))['']
 
 
 def test_the_block_whose_absence_costs_least_is_removed_and_of_equals_the_one_of_lower_loss(tmp_path, monkeypatch):
@@ -272,8 +270,10 @@ def test_the_block_whose_absence_costs_least_is_removed_and_of_equals_the_one_of
     monkeypatch.setattr(pruning, 'subnetwork', remembering)
     monkeypatch.setattr(
         pruning,
-        'error_and_loss',
-        lambda network, batches: (sum(map(error.get, network.absent)), sum(map(loss.get, network.absent))),
+        'measure',
+        lambda network, images: types.SimpleNamespace(
+            top1=100 - sum(map(error.get, network.absent)), loss=sum(map(loss.get, network.absent))
+        ),
     )
     monkeypatch.setattr(
         pruning, 'evaluate', lambda network, data: types.SimpleNamespace(top1=100 - len(network.absent))
@@ -285,9 +285,9 @@ def test_the_block_whose_absence_costs_least_is_removed_and_of_equals_the_one_of
 
 def test_no_image_chooses_a_block_and_estimates_statistics(tmp_path, monkeypatch):
     model = make('sd_resnet20_cifar', num_classes=2)
-    dataset = pruning._split(model, 'it', write_images(tmp_path), 'train')
-    monkeypatch.setattr(pruning, '_batches', lambda model, dataset, part: part)
-    held_out, statistics = pruning._training_images(model, dataset, 7)
+    dataset = open_images(write_images(tmp_path), 'train', model, 'it')
+    monkeypatch.setattr(pruning, 'loader', lambda dataset, part, size: [(torch.tensor(part), None)])
+    held_out, statistics = (images.tolist() for ((images, _),) in pruning._training_images(model, dataset, 7))
     assert (len(held_out), len(statistics)) == (7, 17)
     assert sorted(held_out + statistics) == list(range(24))
 

@@ -6,8 +6,9 @@ import torch
 from timm.models import save_for_hf
 
 import sd_resnet
-from sd_resnet.analysis.pruning import forward_flops, save
-from sd_resnet.analysis.subnetworks import blocks_of
+from sd_resnet.analysis.costs import count_flops
+from sd_resnet.analysis.networks import network_of
+from sd_resnet.analysis.pruning import save
 from sd_resnet.converted.convert import converted_blocks
 
 from ..conftest import images, make
@@ -51,7 +52,7 @@ def test_the_rest_of_a_converted_network_is_timms_own(name, monkeypatch, tmp_pat
     keep = list(range(0, len(names), 2))
     small = sd_resnet.subnetwork(model.eval(), keep=keep)
     assert not converted_blocks(small)
-    assert forward_flops(small, tuple(x.shape[1:])) < forward_flops(model, tuple(x.shape[1:]))
+    assert count_flops(small, tuple(x.shape[1:]))[''] < count_flops(model, tuple(x.shape[1:]))['']
     for index, block in enumerate(converted_blocks(model).values()):
         if index not in keep:
             monkeypatch.setattr(block, 'plain_class', _Passing)
@@ -97,7 +98,7 @@ def test_errors_say_what_is_allowed(kwargs, message):
 
 def test_a_network_of_another_kind_is_refused():
     with pytest.raises(TypeError, match=r'sd_resnet.convert has converted, got VisionTransformer'):
-        blocks_of(timm.create_model('test_vit'))
+        network_of(timm.create_model('test_vit'))
 
 
 def test_a_network_that_is_not_timms_is_cut_too(tmp_path):

@@ -1,20 +1,20 @@
-"""What `sd-resnet bench` and `growth` count. Their times are no test's business."""
+"""What `sd-resnet bench` counts at one rate. Its times are no test's business."""
 
 import json
-import statistics
 
 import pytest
 import timm
 import torch
+from torchvision.ops import StochasticDepth
 
 from sd_resnet.bench import measure as bench
-from sd_resnet.bench import report as bench_report
+from sd_resnet.bench import report
 from sd_resnet.cli import main as cli
 from sd_resnet.core.draws import Draw, Window
 
 from ..conftest import NARROW, decide, images, make
 
-SMALL = dict(model='sd_resnet20_cifar', batch=4, size=16, steps=2, saved_steps=3)
+SMALL = dict(models=('sd_resnet20_cifar',), batch=4, size=16, steps=2, saved_steps=3)
 
 
 def _saved(model, x):
@@ -56,81 +56,78 @@ def test_batch_mode_keeps_less_for_backward_by_what_its_dropped_blocks_would_hav
     assert expected == pytest.approx(0.862, abs=0.004)  # nothing of a dropped block's branch is kept
 
 
+def contestants(**kwargs):
+    (race,) = bench.run(bench.Settings(**{**SMALL, **kwargs}), progress=False)
+    return race.contestants
+
+
 def test_a_run_counts_what_it_says():
-    rows = {row.name: row for row in bench.run(bench.Settings(**SMALL), progress=False)}
-    assert set(rows) == {bench.CONSTANT, *(f'sd_resnet20_cifar, {mode}' for mode in ('batch', 'row', 'subset'))}
+    rows = contestants()
+    assert list(rows) == [bench.CONSTANT_DEPTH, 'batch', 'row', 'subset']
     assert all(len(row.seconds) == 2 for row in rows.values())
-    batch, row, subset = (rows[f'sd_resnet20_cifar, {mode}'] for mode in ('batch', 'row', 'subset'))
+    batch, row, subset = (rows[mode] for mode in ('batch', 'row', 'subset'))
     assert batch.bound == subset.bound == pytest.approx(0.727, abs=0.001)
     assert row.bound == row.observed == 1
-    assert subset.observed == pytest.approx(subset.bound, abs=0.06)  # rounding to whole rows, the same in every step
+    assert subset.observed == pytest.approx(subset.bound, abs=0.06)  # of whole rows, one more or less
     assert len(batch.saved_bytes) == len(subset.saved_bytes) == 3
-    table = bench_report.table(bench.Settings(**SMALL), list(rows.values()))
+    table = report.table(bench.Settings(**SMALL), [bench.Race('sd_resnet20_cifar', 0.5, rows)])
     assert all(name in table for name in rows)
 
 
 def test_imagenet_networks_are_measured_beside_timms_and_torchvisions_drop_path():
-    settings = bench.Settings(model='sd_resnet18', batch=2, size=32, steps=2, saved_steps=1, modes=('batch',))
-    rows = bench.run(settings, progress=False)
-    assert [row.name for row in rows] == [bench.CONSTANT, bench.TIMM, bench.TORCHVISION, 'sd_resnet18, batch']
+    rows = contestants(models=('sd_resnet18',), batch=2, size=32, saved_steps=1, modes=('batch',))
+    assert list(rows) == [bench.CONSTANT_DEPTH, bench.TIMM, bench.TORCHVISION, 'batch']
+
+
+@pytest.mark.parametrize('schedule', [None, 'uniform'])
+def test_the_drop_paths_of_others_have_the_rates_that_are_asked_for(schedule):
+    networks = bench._networks(bench.Settings(size=32, schedule=schedule), 'sd_resnet18', 0.4)
+    for name, kind in ((bench.TIMM, timm.layers.DropPath), (bench.TORCHVISION, StochasticDepth)):
+        paths = [module for module in networks[name].modules() if isinstance(module, kind)]
+        rates = [path.drop_prob if kind is timm.layers.DropPath else path.p for path in paths]
+        expected = [0.4] * 8 if schedule else [0.4 * l / 7 for l in range(1, 8)]
+        assert rates == pytest.approx(expected, abs=1e-5)
 
 
 def test_other_networks_have_no_share_of_flops_by_the_measured_ones():
     """It would be another network's, at another rate."""
-    settings = bench.Settings(**{**SMALL, 'others': ('sd_resnet32_cifar',), 'modes': ('batch',)})
-    *_, own, other = bench.run(settings, progress=False)
-    assert own.bound is not None
-    assert (other.name, other.bound, other.observed) == ('sd_resnet32_cifar', None, None)
+    rows = contestants(others=('sd_resnet32_cifar',), modes=('batch',))
+    assert list(rows)[-2:] == ['batch', 'sd_resnet32_cifar']
+    assert rows['batch'].bound is not None
+    other = rows['sd_resnet32_cifar']
+    assert (other.bound, other.observed) == (None, None)
     assert len(other.saved_bytes) == 3  # it drops, and keeps as much as the draw leaves
 
 
 def test_ratios_are_stated_without_the_luck_of_the_draw():
     """Steps of 0.8 that computed 0.9 where 0.75 is the mean: the draw cost 0.15."""
-    constant = bench.Row(bench.CONSTANT, [1.0, 1.0], [1])
-    drawn = bench.Row('drawn', [0.8, 0.8], [1], bound=0.75, observed=0.9)
-    (line,) = (x for x in bench_report.table(bench.Settings(**SMALL), [constant, drawn]).splitlines() if 'drawn' in x)
+    rows = {
+        bench.CONSTANT_DEPTH: bench.Contestant([1.0, 1.0], [1]),
+        'drawn': bench.Contestant([0.8, 0.8], [1], bound=0.75, observed=0.9),
+    }
+    assert rows['drawn'].ratio(rows[bench.CONSTANT_DEPTH]) == pytest.approx(0.8)
+    assert rows['drawn'].ratio_without_luck(rows[bench.CONSTANT_DEPTH]) == pytest.approx(0.65)
+    table = report.table(bench.Settings(**SMALL), [bench.Race('m', 0.5, rows)])
+    (line,) = (x for x in table.splitlines() if 'drawn' in x)
     assert '0.650' in line.split()
 
 
-def test_growth_is_stated_without_the_luck_of_the_draw(monkeypatch):
-    def measured(settings, contestants, image_size, costs, progress):
-        rows = [bench.Row(name, [0.8, 0.8], bound=0.75, observed=0.9) for name in costs]
-        return [bench.Row(bench.CONSTANT, [1.0, 1.0]), *rows]
-
-    monkeypatch.setattr(bench, '_measure', measured)
-    (growth,) = bench.grow(bench.Settings(**SMALL), ['sd_resnet20_cifar'], [0.5])
-    assert (growth.ratio, growth.without_luck) == pytest.approx((0.8, 0.65))
-    with pytest.raises(ValueError, match=r'rates, 1 - p_L, must be different numbers, got \[0.5, 0.2, 0.5\]'):
-        bench.grow(bench.Settings(**SMALL), ['sd_resnet20_cifar'], [0.5, 0.2, 0.5])
-
-
 @pytest.mark.parametrize(
-    ('command', 'options', 'settings'),
+    ('options', 'settings'),
     [
-        ('bench', ['--model', 'sd_resnet20_cifar', '--drop-path', '0.3', '--saved-steps', '1'], {'rate': 0.3}),
-        ('growth', ['--models', 'sd_resnet20_cifar', '--survival', '0.2'], {}),
+        (['--drop-path', '0.3', '--saved-steps', '1'], {'rates': [0.3]}),
+        (['--growth', '--rates', '0.8', '0'], {'rates': [0.8, 0], 'modes': ['batch'], 'peers': []}),
     ],
 )
-def test_the_commands_measure_print_record_and_draw(command, options, settings, tmp_path, capsys):
+def test_the_command_measures_prints_records_and_draws(options, settings, tmp_path, capsys):
     pytest.importorskip('matplotlib', reason='the pictures are drawn with matplotlib')
     record, picture = tmp_path / 'record.json', tmp_path / 'picture.png'
-    options += ['--batch', '4', '--size', '16', '--steps', '2', '--json', str(record), '--plot', str(picture)]
-    assert cli.main([command, *options]) == 0
+    options += ['--model', 'sd_resnet20_cifar', '--batch', '4', '--size', '16', '--steps', '2']
+    assert cli.main(['bench', *options, '--json', str(record), '--plot', str(picture)]) == 0
     assert 'sd_resnet20_cifar' in capsys.readouterr().out
     recorded = json.loads(record.read_text())['settings']
     assert {'batch': 4, 'size': 16, 'steps': 2, **settings}.items() <= recorded.items()
     assert picture.read_bytes().startswith(b'\x89PNG')
-
-
-def test_growth_measures_every_rate_of_every_depth():
-    settings = bench.Settings(batch=2, size=16, steps=2)
-    growths = bench.grow(settings, ['sd_resnet20_cifar', 'sd_resnet32_cifar'], [0.8, 0.0], progress=False)
-    assert [(g.model, round(g.survival_prob, 6)) for g in growths] == [
-        (model, p) for model in ('sd_resnet20_cifar', 'sd_resnet32_cifar') for p in (0.2, 1.0)
-    ]
-    assert [g.bound for g in growths][1::2] == [1, 1]
-    assert all(g.ratio == statistics.fmean(g.seconds) / statistics.fmean(g.constant_seconds) for g in growths)
-    assert 'sd_resnet32_cifar' in bench_report.growth_table(settings, growths)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,20 @@ from sd_resnet.cli import main as cli
 
 from ..conftest import make, one_line, write_run
 
-COMMANDS = [
-    *('quickstart', 'info', 'plot', 'bench', 'growth', 'export', 'push', 'verify'),
-    *('data', 'study', 'recipe', 'evaluate', 'release', 'sweep', 'prune'),
-]
+# In the order in which a user meets them.
+COMMANDS = ['quickstart', 'info', 'bench', 'recipe', 'data', 'evaluate', 'prune', 'export', 'push', 'verify']
+
+
+@pytest.mark.parametrize('columns', [80, 100])
+def test_help_fits_one_screen_and_lists_the_commands_in_order(columns, monkeypatch, capsys):
+    monkeypatch.setenv('COLUMNS', str(columns))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(['--help'])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= columns
+    assert [line.split()[0] for line in lines if line.startswith('    ')] == COMMANDS  # with its summary on one line
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -26,6 +36,24 @@ def test_help_has_an_example_that_parses(command, capsys):
     example = capsys.readouterr().out.strip().splitlines()[-1]
     assert example.startswith(f'example: sd-resnet {command} ')
     cli._parser().parse_args(example.split()[2:])
+
+
+@pytest.mark.parametrize(
+    ('argv', 'new'),
+    [
+        (['plot', 'sd_resnet50'], 'sd-resnet info MODEL --plot FILE'),
+        (['sweep', 'sd_convnext_atto', '--rates', '0.1'], 'sd-resnet bench '),
+        (['growth'], 'sd-resnet bench --growth'),
+        (['study', '--help'], 'python -m sd_resnet.study'),
+        (['release', 'run', '--tag', 'a'], 'python -m sd_resnet.hub release'),
+        (['push', '--repos', 'hub/repos.yaml', '--all'], 'python -m sd_resnet.hub push-all'),
+    ],
+)
+def test_a_command_of_the_first_edition_answers_with_the_new_one(argv, new, capsys):
+    assert cli.main(argv) == 2
+    said = one_line(capsys)
+    assert said.startswith(f'sd-resnet {argv[0]}')
+    assert new in said
 
 
 @pytest.mark.parametrize(
@@ -41,7 +69,7 @@ def test_wrong_usage_exits_with_2(argv, capsys):
 @pytest.mark.parametrize(
     ('argv', 'reason'),
     [
-        (['info', 'resnet50'], 'model must be sd_ before a name of timm, or one of'),
+        (['info', 'resnet50'], 'model must be sd_resnet50'),
         (['info', 'sd_nothing'], "got 'sd_nothing'"),
         (['info', 'sd_vgg11', '--drop-path', '0.3'], "must be a network with a drop path, got 'sd_vgg11'"),
         (['info', 'sd_vgg11'], 'VGG has no residual block that can be skipped'),
@@ -79,7 +107,7 @@ def test_commands_take_any_of_timms_networks_under_an_sd_name():
     assert 'sd_test_convnext2, 64 x 64 px' in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize('argv', [['bench'], ['growth'], ['prune', 'it', '--data', 'nowhere']])
+@pytest.mark.parametrize('argv', [['bench'], ['bench', '--growth'], ['prune', 'it', '--data', 'nowhere']])
 def test_what_would_fail_after_the_work_fails_before_it(argv, monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         cli.main([*argv, '--json', str(tmp_path / 'none' / 'x.json')])
@@ -90,11 +118,13 @@ def test_what_would_fail_after_the_work_fails_before_it(argv, monkeypatch, capsy
     assert 'matplotlib is needed to draw' in one_line(capsys)
 
 
-def test_plot_writes_a_picture(tmp_path, capsys):
+def test_info_draws_a_picture_too(tmp_path, capsys):
     pytest.importorskip('matplotlib', reason='the pictures are drawn with matplotlib')
-    assert cli.main(['plot', 'sd_resnet50', '--out', str(tmp_path / 'picture.png')]) == 0
+    assert cli.main(['info', 'sd_resnet20_cifar', '--plot', str(tmp_path / 'picture.png')]) == 0
     assert (tmp_path / 'picture.png').read_bytes().startswith(b'\x89PNG')
-    assert 'picture.png' in capsys.readouterr().out
+    table, written = capsys.readouterr().out.split('\n\nwrote ')
+    assert 'p_l' in table
+    assert written == f'{tmp_path / "picture.png"}\n'
 
 
 @pytest.mark.parametrize('name', ['sd_resnet20_cifar', 'sd_resnet18'])

@@ -17,7 +17,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import sd_resnet
-from sd_resnet.converted import blocks as converted_block
 from sd_resnet.converted.convert import converted_blocks
 from sd_resnet.core import draws
 from sd_resnet.core.draws import Draw, Window
@@ -319,7 +318,7 @@ def test_checkpointing_replays_the_draws_however_many_forward_passes_precede(nam
 def test_ranks_that_share_decisions_replay_them_too(monkeypatch):
     """The generator that ranks share is private, and checkpointing does not restore it."""
     seeds = []
-    monkeypatch.setattr(converted_block, 'many_ranks', lambda: True)
+    monkeypatch.setattr(draws, 'many_ranks', lambda: True)
     monkeypatch.setattr(draws.dist, 'broadcast_object_list', lambda seed, src: seeds.append((seed[0], src)))
 
     def gradients(checkpointing):
@@ -340,7 +339,7 @@ def test_ranks_that_share_decisions_replay_them_too(monkeypatch):
 
 def test_ranks_that_share_decisions_draw_new_ones_where_the_seed_is_the_same(monkeypatch):
     """Decisions of an earlier step would be taken for those of a second forward pass."""
-    monkeypatch.setattr(converted_block, 'many_ranks', lambda: True)
+    monkeypatch.setattr(draws, 'many_ranks', lambda: True)
     monkeypatch.setattr(draws.dist, 'broadcast_object_list', lambda seed, src: None)
     model, x = build(VIT)
     convert(model, x, rate=0.5, mode='batch')
@@ -355,7 +354,7 @@ def test_ranks_that_share_decisions_draw_new_ones_where_the_seed_is_the_same(mon
 
 def test_ranks_that_decide_for_themselves_are_refused_with_synchronised_norms(monkeypatch):
     """They would wait for each other for ever."""
-    monkeypatch.setattr(converted_block, 'many_ranks', lambda: True)
+    monkeypatch.setattr(draws, 'many_ranks', lambda: True)
     model, x = build('resnetv2_18', norm_layer='batchnorm2d')
     convert(model, x, mode='batch', sync=False)
     block = next(iter(converted_blocks(nn.SyncBatchNorm.convert_sync_batchnorm(model)).values()))

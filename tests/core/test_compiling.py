@@ -237,3 +237,13 @@ def test_blocks_that_are_compiled_one_by_one_give_the_gradients_of_eager_ones():
             net(x).square().sum().backward()
         for first, second in zip(model.parameters(), twin.parameters()):
             torch.testing.assert_close(first.grad, second.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('mode', ['row', 'subset'])
+def test_features_are_one_graph(mode, training):
+    """Detectors compile their backbone whole; as the outermost module it must not be called by a property."""
+    model = make('sd_resnet20_cifar', features_only=True, drop_path_mode=mode).train(training)
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    assert len(compiled(images(2, size=32))) == 4
+

@@ -6,7 +6,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from sd_resnet.core import private_api
 from sd_resnet.core.draws import Window
-from sd_resnet.core.skipping import fork, fork_in_graph, gathered_again, join, join_in_graph, put_rows, skip, take_rows
+from sd_resnet.core.skipping import fork, fork_in_graph, join, join_in_graph, skip
+from sd_resnet.resnets.blocks import gathered_again
 
 again = pytest.mark.skipif(private_api._top_hooks is None, reason='this torch does not tell which hooks are active')
 
@@ -34,8 +35,8 @@ def test_an_inplace_operation_after_skip_is_noticed_by_whoever_keeps_its_input()
 
 def _block(x, window, f, relu=False):
     """relu(x + f(x)) on the window's rows, x elsewhere."""
-    x, taken = take_rows(x, window)
-    return put_rows(x, taken + f(taken), window, relu)
+    x, taken = fork(x, window, replaced=True)
+    return join(x, taken + f(taken), window, None, relu)
 
 
 def _projecting_block(x, window, f, relu=False):
@@ -122,23 +123,23 @@ def test_neither_a_shortcut_nor_a_gradient_that_others_hold_is_written_to():
 
 @again
 @pytest.mark.parametrize(('start', 'rows'), WINDOWS)
-@pytest.mark.parametrize('take', [take_rows, fork])
-def test_rows_that_are_gathered_again_give_the_same_gradients_and_are_not_kept(start, rows, take):
+@pytest.mark.parametrize('replaced', [True, False])
+def test_rows_that_are_gathered_again_give_the_same_gradients_and_are_not_kept(start, rows, replaced):
     conv = torch.nn.Conv2d(4, 4, 3, padding=1)
     x = torch.randn(5, 4, 3, 3, requires_grad=True)
     results, kept, window = [], [], Window(start, rows, rows)
     for again in (False, True):
         addresses = set()
         with saved_tensors_hooks(lambda t, a=addresses: (a.add(t.untyped_storage().data_ptr()), t)[1], lambda t: t):
-            shortcut, taken = take(x * 1, window)
+            shortcut, taken = fork(x * 1, window, replaced)
             if again:
                 with gathered_again(taken):
                     branch = conv(taken)
             else:
                 branch = conv(taken)
             out = (
-                put_rows(shortcut, branch, window, False)
-                if take is take_rows
+                join(shortcut, branch, window, None, False)
+                if replaced
                 else join(shortcut * 1, branch, window, 1.0, False)
             )
         kept.append(taken.untyped_storage().data_ptr() in addresses - {x.untyped_storage().data_ptr()})

@@ -13,19 +13,7 @@ import pytest
 import torch
 
 from ..conftest import images
-from .observed import (
-    MODES,
-    RATE,
-    ROWS,
-    P,
-    check_step,
-    converted,
-    observe,
-    own,
-    put,
-    tiny,
-    vit,
-)
+from .observed import MODES, RATE, ROWS, P, check_step, converted, observe, own, put, tiny, vit
 
 each_mode = pytest.mark.parametrize('mode', MODES)
 

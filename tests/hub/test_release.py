@@ -17,7 +17,7 @@ from timm.models import adapt_input_conv, split_model_name_tag
 
 from sd_resnet.analysis import datasets
 from sd_resnet.analysis.evaluation import evaluate
-from sd_resnet.cli import main as cli
+from sd_resnet.hub import __main__ as maintenance
 from sd_resnet.hub import repository as publishing
 from sd_resnet.hub import verify as verification
 from sd_resnet.hub.release import release, stated_accuracy, write_index
@@ -66,7 +66,7 @@ def test_what_the_run_says_of_itself_stays_unless_told_otherwise(trained, fashio
     common = ['release', str(trained), '--tag', 'fmnist', '--data', str(fashion), '--weights', str(tmp_path / 'w')]
     told = ['--hardware', 'CPU', '--notes', 'x']
     for options, hardware, notes in (([], 'two accelerators', 'own images'), (told, 'CPU', 'x')):
-        assert cli.main([*common, *options]) == 0
+        assert maintenance.main([*common, *options]) == 0
         card = (tmp_path / 'w' / 'sd_resnet20_cifar.fmnist' / 'README.md').read_text()
         assert f'| hardware | {hardware} |' in card
         assert '| for comparison | 6 % |' in card
@@ -100,14 +100,14 @@ def test_the_card_of_a_resumed_training_says_where_longer_schedules_began(traine
 
 def test_a_release_needs_its_data_set_and_a_tag(trained, fashion, tmp_path, capsys):
     common = ['release', str(trained), '--data', str(fashion), '--weights', str(tmp_path / 'weights')]
-    assert cli.main([*common, '--tag', 'a.b']) == 1
+    assert maintenance.main([*common, '--tag', 'a.b']) == 1
     assert "tag must be a name of letters, digits and underscores, got 'a.b'" in one_line(capsys)
-    assert cli.main(common) == 2
-    assert cli.main([common[0], *common[2:], '--tag', 'fmnist']) == 2
+    assert maintenance.main(common) == 2
+    assert maintenance.main([common[0], *common[2:], '--tag', 'fmnist']) == 2
     assert 'give RUN' in capsys.readouterr().err
     edit_args(trained, dataset='torch/cifar10')
     capsys.readouterr()
-    assert cli.main([*common, '--tag', 'fmnist']) == 1
+    assert maintenance.main([*common, '--tag', 'fmnist']) == 1
     assert "was trained on 'torch/cifar10'" in one_line(capsys)
     assert not (tmp_path / 'weights').exists()
 
@@ -115,7 +115,7 @@ def test_a_release_needs_its_data_set_and_a_tag(trained, fashion, tmp_path, caps
 def test_a_release_overwrites_no_other_readme(trained, fashion, tmp_path, capsys):
     (tmp_path / 'README.md').write_text('# My project')
     for run in ([], [str(trained), '--tag', 'fmnist', '--data', str(fashion)]):
-        assert cli.main(['release', *run, '--weights', str(tmp_path)]) == 1
+        assert maintenance.main(['release', *run, '--weights', str(tmp_path)]) == 1
         assert 'is not an index of released weights' in one_line(capsys)
     assert (tmp_path / 'README.md').read_text() == '# My project'
     assert not list(tmp_path.glob('sd_resnet*'))

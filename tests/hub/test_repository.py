@@ -22,7 +22,10 @@ pytest.importorskip('matplotlib', reason='publishing draws pictures with matplot
 
 from sd_resnet.analysis.runs import read_run
 from sd_resnet.cli import main as cli
+from sd_resnet.hub import __main__ as maintenance
 from sd_resnet.hub import repository as publishing
+from sd_resnet.hub.push import push as push_folder
+from sd_resnet.hub.push import read_listing
 
 from ..conftest import CLIENT_RESUMES, edit_args, fresh_python, go_offline, images, one_line, write_run
 
@@ -271,7 +274,7 @@ def test_a_repository_has_an_owner_and_a_name(server, run_folder, tmp_path, caps
     assert f'repo-id must be USER/NAME, got {name!r}' in one_line(capsys)
     ready = publishing.prepare(run_folder, tmp_path / 'ready', REPO)
     with pytest.raises(ValueError, match='repo-id must be USER/NAME'):
-        publishing.push(ready, name)
+        push_folder(ready, name)
     assert not server.requests
 
 
@@ -439,7 +442,7 @@ def test_a_checkpoint_is_named_as_timm_names_it(run_folder):
     [
         (lambda run: (run / 'args.yaml').unlink(), 'holds no args.yaml'),
         (lambda run: (run / 'args.yaml').write_text('model: [unclosed'), 'is not YAML'),
-        (lambda run: (run / 'args.yaml').write_text('model: resnet50'), 'model must be one of'),
+        (lambda run: (run / 'args.yaml').write_text('model: resnet50'), 'model must be sd_resnet50'),
         (lambda run: (run / 'summary.csv').write_text('epoch,eval_top1\n0,high\n'), 'must be a number'),
         (lambda run: (run / 'summary.csv').write_text('epoch,eval_top1\n0,1,2\n'), 'must be a number'),
         (lambda run: (run / 'model_best.pth.tar').write_bytes(b'junk'), 'cannot be read'),
@@ -454,9 +457,19 @@ def test_a_run_folder_that_cannot_be_published_is_explained(server, run_folder, 
     assert not server.repos
 
 
-@pytest.mark.parametrize('argv', [['push'], ['push', 'x'], ['push', 'x', '--all'], ['push', '--all', '--plain']])
-def test_wrong_usage_exits_with_2(argv, capsys):
-    assert cli.main(argv) == 2
+@pytest.mark.parametrize(
+    ('main', 'argv'),
+    [
+        *((cli.main, argv) for argv in (['push'], ['push', 'x'], ['push', 'x', '--all'])),
+        *((maintenance.main, argv) for argv in ([], ['push-all', '--plain'], ['push-all', 'x'], ['release', '--tag'])),
+    ],
+)
+def test_wrong_usage_exits_with_2(main, argv, capsys):
+    try:
+        status = main(argv)
+    except SystemExit as stop:  # of argparse
+        status = stop.code
+    assert status == 2
     assert 'error:' in one_line(capsys)
 
 
@@ -466,13 +479,16 @@ def test_all_brings_the_hub_in_line_with_the_listing(server, run_folder, tmp_pat
     listing.parent.mkdir()
     entry = {'folder': 'weights/one', 'repo_id': REPO, 'license': 'mit', 'visibility': 'private'}
     listing.write_text(yaml.safe_dump([entry]))
-    assert cli.main(['push', '--all', '--repos', str(listing)]) == 0
+    assert maintenance.main(['push-all', '--repos', str(listing)]) == 0
     assert server.repos[REPO].private
     head = server.repos[REPO].heads['main']
-    assert cli.main(['push', '--all', '--repos', str(listing)]) == 0
+    assert maintenance.main(['push-all', '--repos', str(listing)]) == 0
     assert server.repos[REPO].heads['main'] == head
+    dry = tmp_path / 'dry'
+    assert maintenance.main(['push-all', '--repos', str(listing), '--dry-run', str(dry)]) == 0
+    assert sorted(path.name for path in (dry / REPO.split('/')[1]).iterdir()) == sorted(PUBLISHED + PICTURES)
     listing.write_text(yaml.safe_dump([{**entry, 'visibility': 'public'}]))
-    assert cli.main(['push', '--all', '--repos', str(listing)]) == 0
+    assert maintenance.main(['push-all', '--repos', str(listing)]) == 0
     assert not server.repos[REPO].private
     assert cli.main(['push', str(tmp_path / 'weights' / 'one'), '--repo-id', REPO, '--private']) == 0
     assert cli.main(['push', str(tmp_path / 'weights' / 'one'), '--repo-id', REPO]) == 0
@@ -484,13 +500,13 @@ def test_all_brings_the_hub_in_line_with_the_listing(server, run_folder, tmp_pat
     ):
         listing.write_text(yaml.safe_dump([wrong]))
         capsys.readouterr()
-        assert cli.main(['push', '--all', '--repos', str(listing)]) == 1
+        assert maintenance.main(['push-all', '--repos', str(listing)]) == 1
         assert said in one_line(capsys)
     assert cli.main(['push', str(tmp_path / 'weights' / 'one'), '--repo-id', REPO, '--license', 'mit']) == 1
 
 
 def test_the_projects_own_listing_is_readable_and_nothing_is_published_yet():
-    assert publishing.read_listing(Path(__file__).parents[2] / 'hub' / 'repos.yaml') == []
+    assert read_listing(Path(__file__).parents[2] / 'hub' / 'repos.yaml') == []
 
 
 def test_a_large_model_is_resumed_where_the_connection_dropped(server, tmp_path):

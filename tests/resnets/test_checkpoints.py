@@ -348,7 +348,7 @@ class TestExport:
             export(tmp_path / 'other.pth', tmp_path / 'out.safetensors')
         with pytest.raises(ValueError, match=r'is not a checkpoint of sd_resnet50: .*Missing key'):
             export(tmp_path / 'other.pth', tmp_path / 'out.safetensors', architecture='resnet50')
-        with pytest.raises(ValueError, match=r"architecture must be one of .*, got 'vit'"):
+        with pytest.raises(ValueError, match=r"architecture must be .*, for example sd_resnet.*, got 'vit'"):
             export(tmp_path / 'other.pth', tmp_path / 'out.safetensors', architecture='vit')
         save_file({'a': torch.ones(1)}, tmp_path / 'tiny.safetensors')
         with pytest.raises(ValueError, match='fits none'):

@@ -234,3 +234,12 @@ def test_the_same_seed_gives_the_same_gradients():
         (b,), grads_b = _gradients(copy.deepcopy(model), ENTRIES['forward'], images_without_rng())
         assert torch.equal(a, b)
         assert all(torch.equal(grads_a[k], grads_b[k]) for k in grads_a)
+
+
+def test_a_norm_that_divides_its_weight_again_is_refused_under_test_time_rescaling():
+    """A factor in it would be without effect, and the network another one, without a word."""
+    model = timm.create_model('sd_resnet20_cifar')
+    torch.nn.utils.spectral_norm(model.layer1[0].bn2)
+    with pytest.raises(ValueError, match='needs a last norm layer whose weight is a parameter'):
+        model.set_drop_path(rescale='test')
+

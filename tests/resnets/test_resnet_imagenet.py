@@ -99,10 +99,7 @@ def _run(code, *args, **environment):
     import os
 
     return subprocess.run(
-        [sys.executable, '-c', code, *args],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
+        [sys.executable, '-c', code, *args], env={**os.environ, **environment}, capture_output=True, text=True
     )
 
 

@@ -19,15 +19,14 @@ from torch import nn
 
 from sd_resnet.analysis import datasets
 from sd_resnet.analysis.evaluation import evaluate
-from sd_resnet.cli import main as cli
 from sd_resnet.core.drop_path import StochasticDepth
 from sd_resnet.core.schedules import survival_probs
 from sd_resnet.resnets.paper_rescaling import evaluation_factor
-from sd_resnet.study import cell as study_cell
-from sd_resnet.study import cells as study
-from sd_resnet.study.pictures import plot_study
-from sd_resnet.study.records import Records
-from sd_resnet.study.report import CLAIMS, write_report
+from sd_resnet.study import measuring
+from sd_resnet.study.__main__ import main
+from sd_resnet.study.cells import CELLS, Records, Scale, write_record
+from sd_resnet.study.report import MARKERS, plot_study, write_report
+from sd_resnet.study.running import run
 
 from ..conftest import decide, images, make, one_line
 
@@ -35,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 REPO = os.environ.get('TIMM_REPO')
 needs_clone = pytest.mark.skipif(not REPO, reason="TIMM_REPO does not name a clone of timm's repository")
 P = survival_probs(15, 0.5)
-SCALE = study.Scale('sd_resnet20_cifar', images=200, epochs=3, val_interval=2, networks=2, removals=1)
+SCALE = Scale('sd_resnet20_cifar', images=200, epochs=3, val_interval=2, networks=2, removals=1)
 
 
 def made_up(cell, epochs=20):
@@ -52,7 +51,7 @@ def made_up(cell, epochs=20):
     return {
         **dataclasses.asdict(cell),
         'survival_probs': [1.0] * 15 if constant else list(P),
-        'scale': dataclasses.asdict(study.Scale()),
+        'scale': dataclasses.asdict(Scale()),
         'steps_per_epoch': 15,
         'epochs': {
             'lr': [0.1] * epochs,
@@ -71,23 +70,24 @@ def made_up(cell, epochs=20):
 def records(tmp_path):
     folder = tmp_path / 'records'
     folder.mkdir()
-    for cell in study.CELLS:
-        study_cell.write_record(made_up(cell), folder / f'{cell.name}.json')
+    for cell in CELLS:
+        write_record(made_up(cell), folder / f'{cell.name}.json')
     return folder
 
 
 def test_the_same_records_give_the_same_bytes(records, tmp_path):
-    write_report(records)
+    write_report(Records(records))
     first = (records / 'tables.md').read_bytes()
     (records / 'tables.md').unlink()
-    assert write_report(records).missing == []
+    write_report(Records(records))
+    assert Records(records).missing == []
     assert (records / 'tables.md').read_bytes() == first
     assert b'no record yet' not in first
     assert b'Missing' not in first
 
 
 def test_the_claims_follow_from_the_records(records):
-    write_report(records)
+    write_report(Records(records))
     claims = (records / 'tables.md').read_text().split('## Cells')[0]
     # errors: 14 + 8 exp(-19/4) and 13 + 8 exp(-19/9), and 0.1 more per seed; depths 11.05 and 10.95
     assert 'constant 14.17 ± 0.10 (3 seeds), p_L = 0.5 14.07 ± 0.10 (3 seeds) %' in claims
@@ -100,8 +100,8 @@ def test_the_claims_follow_from_the_records(records):
     record = json.loads((records / 'linear-0.5-seed0.json').read_text())
     record['epochs']['depth'] = [9.0] * 20
     record['analysis']['removed']['2'] = [90.0] * 5
-    study_cell.write_record(record, records / 'linear-0.5-seed0.json')
-    write_report(records)
+    write_record(record, records / 'linear-0.5-seed0.json')
+    write_report(Records(records))
     claims = (records / 'tables.md').read_text()
     assert '| no: -0.333, standard error' in claims
     assert 'in part: less at 9 of 10 numbers' in claims
@@ -111,32 +111,32 @@ def test_a_part_of_the_cells_is_reported_and_the_rest_named(records, tmp_path, c
     pytest.importorskip('matplotlib', reason='the pictures are drawn with matplotlib')
     for name in ('constant-seed0', 'augmented-constant-seed0', 'augmented-constant-seed1', 'augmented-constant-seed2'):
         (records / f'{name}.json').unlink()
-    assert cli.main(['study', '--report', '--out', str(records)]) == 0
+    assert main(['--report', '--out', str(records)]) == 0
     assert 'missing cells: constant-seed0, augmented-constant-seed0' in capsys.readouterr().out
     tables = (records / 'tables.md').read_text()
     assert 'Missing cells: constant-seed0, augmented-constant-seed0' in tables
     assert 'no record yet' in tables
     for path in records.glob('*.json'):
         path.unlink()
-    assert cli.main(['study', '--report', '--out', str(records)]) == 1
+    assert main(['--report', '--out', str(records)]) == 1
     assert 'holds no record of a cell' in one_line(capsys)
 
 
-def test_every_picture_is_drawn(records, tmp_path):
+def test_every_picture_is_drawn(records):
     pytest.importorskip('matplotlib', reason='the pictures are drawn with matplotlib')
-    drawn = plot_study(Records(records), tmp_path)
+    drawn = plot_study(Records(records))
     assert [path.stem for path in drawn] == ['curves', 'gradient', 'sweep', 'sub_networks']
     assert all(path.read_bytes().startswith(b'\x89PNG') for path in drawn)
 
 
 def test_each_claim_names_cells_that_there_are(records):
     """In the last column, in the shell's braces."""
-    write_report(records)
+    write_report(Records(records))
     claims = (records / 'tables.md').read_text().split('## Cells')[0]
     patterns = re.findall(r'`([^` ]*seed[^` ]*)` \|$', claims, re.MULTILINE)
     assert len(patterns) == claims.count('\n| ') - 2
     for pattern in patterns:
-        assert set(expanded(pattern)) <= {cell.name for cell in study.CELLS}, pattern
+        assert set(expanded(pattern)) <= {cell.name for cell in CELLS}, pattern
 
 
 def expanded(pattern):
@@ -154,22 +154,27 @@ def test_seeds_without_a_counterpart_are_reported(records):
     for path in records.glob('*.json'):
         if path.stem not in ('constant-seed0', 'linear-0.5-seed1'):
             path.unlink()
-    assert len(write_report(records).missing) == len(study.CELLS) - 2
+    write_report(Records(records))
+    assert len(Records(records).missing) == len(CELLS) - 2
     assert '| yes |' in (records / 'tables.md').read_text()  # of the gradients
 
 
 def test_the_card_takes_the_claims_between_its_markers(records, tmp_path):
     card = tmp_path / 'card.md'
-    card.write_text(f'before\n{CLAIMS[0]}\nold\n{CLAIMS[1]}\nafter\n')
-    write_report(records, card)
+    card.write_text(f'before\n{MARKERS[0]}\nold\n{MARKERS[1]}\nafter\n')
+    write_report(Records(records), card)
     text = card.read_text()
-    assert text.startswith(f'before\n{CLAIMS[0]}\n| claim')
-    assert text.endswith(f'](records/sub_networks.png)\n{CLAIMS[1]}\nafter\n')
+    assert text.startswith(f'before\n{MARKERS[0]}\n| claim')
+    assert text.endswith(f'](records/sub_networks.png)\n{MARKERS[1]}\nafter\n')
     assert '\nold\n' not in text
-    for wrong in ('no markers', f'{CLAIMS[1]}{CLAIMS[0]}', f'{CLAIMS[0]} {CLAIMS[1]} a line on {CLAIMS[1]}, and more'):
+    for wrong in (
+        'no markers',
+        f'{MARKERS[1]}{MARKERS[0]}',
+        f'{MARKERS[0]} {MARKERS[1]} a line on {MARKERS[1]}, and more',
+    ):
         card.write_text(wrong)
         with pytest.raises(ValueError, match='must hold the lines'):
-            write_report(records, card)
+            write_report(Records(records), card)
         assert card.read_text() == wrong
 
 
@@ -178,20 +183,20 @@ def test_records_of_something_else_are_named(records, fashion, tmp_path, capsys)
     script.touch()
     path = records / 'constant-seed1.json'
     good = json.loads(path.read_text())
-    common = ['study', '--out', str(records)]
+    common = ['--out', str(records)]
     for wrong in ({}, [], {**good, 'seed': 2}, {key: good[key] for key in good if key != 'epochs'}):
         path.write_text(json.dumps(wrong))
-        assert cli.main([*common, '--report']) == 1
+        assert main([*common, '--report']) == 1
         assert 'constant-seed1.json is not a record of constant-seed1' in one_line(capsys)
-        assert cli.main([*common, '--script', str(script), '--data', str(fashion)]) == 1  # nor is it a finished cell
+        assert main([*common, '--script', str(script), '--data', str(fashion)]) == 1  # nor is it a finished cell
         assert 'remove it to run that cell again' in one_line(capsys)
     path.write_text('{')
-    assert cli.main([*common, '--report']) == 1
+    assert main([*common, '--report']) == 1
     assert 'constant-seed1.json is damaged' in one_line(capsys)
     path.write_text(json.dumps({**good, 'scale': {**good['scale'], 'images': 200}}))
-    assert cli.main([*common, '--report']) == 1
-    assert 'records of several scales' in one_line(capsys)
-    assert cli.main([*common, '--script', str(script), '--data', str(fashion)]) == 1
+    assert main([*common, '--report']) == 1
+    assert 'a record of another scale' in one_line(capsys)
+    assert main([*common, '--script', str(script), '--data', str(fashion)]) == 1
     assert 'a record of another scale' in one_line(capsys)
 
 
@@ -203,48 +208,52 @@ def test_what_is_published_is_what_the_command_writes(tmp_path):
     folder = tmp_path / 'docs' / 'study'
     shutil.copytree(published, folder)
     card = Path(shutil.copy(ROOT / 'MODEL_CARD.md', tmp_path))
-    write_report(folder, card)
+    write_report(Records(folder), card)
     assert (folder / 'tables.md').read_text() == (published / 'tables.md').read_text()
     assert card.read_text() == (ROOT / 'MODEL_CARD.md').read_text()
 
 
 def test_a_record_is_written_whole_and_reads_back(tmp_path):
-    record = made_up(study.CELLS[0])
-    study_cell.write_record(record, tmp_path / 'cell.json')
+    record = made_up(CELLS[0])
+    write_record(record, tmp_path / 'cell.json')
     assert json.loads((tmp_path / 'cell.json').read_text())['analysis']['averages'] == record['analysis']['averages']
     with pytest.raises(TypeError):
-        study_cell.write_record({'x': object()}, tmp_path / 'cell.json')
+        write_record({'x': object()}, tmp_path / 'cell.json')
     assert json.loads((tmp_path / 'cell.json').read_text())['method'] == 'constant'
 
 
-def test_what_the_recorder_sees(monkeypatch):
-    """Two steps, in one of which blocks are dropped, against the same numbers by hand."""
+@pytest.fixture
+def global_hooks(monkeypatch):
+    """Removed after the test."""
     handles = []
     for name in ('register_module_forward_hook', 'register_optimizer_step_post_hook'):
-        register = getattr(study_cell, name)
-        monkeypatch.setattr(study_cell, name, lambda hook, register=register: handles.append(register(hook)))
+        register = getattr(measuring, name)
+        monkeypatch.setattr(measuring, name, lambda hook, register=register: handles.append(register(hook)))
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.usefixtures('global_hooks')
+def test_what_the_recorder_sees():
+    """Two steps, in one of which blocks are dropped, against the same numbers by hand."""
     model = make('sd_resnet20_cifar', train=True)
-    recorder = study_cell.Recorder(2, os.getppid())
-    try:
-        recorder.watch(model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        losses, gradients, counts = [], [], []
-        for probability in (1.0, 1e-9):
-            for block in model.blocks():
-                block.drop_path.configure(probability, 'batch')
-            optimizer.zero_grad()
-            loss = nn.CrossEntropyLoss()(model(images(8)), torch.arange(8))
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-            gradients.append(model.conv1.weight.grad.abs().mean().item())
-            counts.append(9 if probability == 1 else 0)
-            model.eval()(images(8))  # a test in between is not counted
-            nn.CrossEntropyLoss()(torch.randn(2, 2), torch.arange(2))
-            model.train()
-    finally:
-        for handle in handles:
-            handle.remove()
+    recorder = measuring.Recorder(model, 2, os.getppid())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses, gradients, counts = [], [], []
+    for probability in (1.0, 1e-9):
+        for block in model.blocks():
+            block.drop_path.configure(probability, 'batch')
+        optimizer.zero_grad()
+        loss = nn.CrossEntropyLoss()(model(images(8)), torch.arange(8))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        gradients.append(model.conv1.weight.grad.abs().mean().item())
+        counts.append(9 if probability == 1 else 0)
+        model.eval()(images(8))  # a test in between is not counted
+        nn.CrossEntropyLoss()(torch.randn(2, 2), torch.arange(2))
+        model.train()
     (epoch,) = recorder.epochs
     assert epoch['train_loss'] == pytest.approx(sum(losses) / 2)
     assert epoch['gradient'] == pytest.approx(sum(gradients) / 2)
@@ -253,12 +262,10 @@ def test_what_the_recorder_sees(monkeypatch):
     assert recorder.block_runs == [1.0] * 9
 
 
+@pytest.mark.usefixtures('global_hooks')
 def test_subset_mode_is_counted_by_rows():
     model = make('sd_resnet20_cifar', train=True, drop_path_mode='subset', drop_path_schedule='uniform')
-    recorder = study_cell.Recorder(2, os.getppid())
-    recorder.model, recorder._rows, recorder.block_runs = model, 8, [0.0] * 9
-    for index, block in enumerate(model.blocks()):
-        block.conv1.register_forward_hook(lambda _, args, output, index=index: recorder._block_ran(index, args[0]))
+    recorder = measuring.Recorder(model, 2, os.getppid())
     model(images(8))
     assert recorder.block_runs == [0.5] * 9
 
@@ -271,18 +278,18 @@ def test_sub_networks_and_removed_blocks(fashion):
     x = images(8)[:, :1]
     tested = [evaluation_factor(block) for block in model.blocks()]
     with torch.no_grad():
-        torch.testing.assert_close(study_cell._logits(model, x, tested), model(x))
+        torch.testing.assert_close(measuring._logits(model, x, tested), model(x))
         kept = [True, False, True, False, False, True, False, True, True]
-        found = study_cell._logits(model, x, [float(b) for b in kept])
+        found = measuring._logits(model, x, [float(b) for b in kept])
         for module in model.modules():  # training decisions, BatchNorm as in evaluation
             module.training = isinstance(module, StochasticDepth)
         decide(model, kept)
         assert torch.allclose(found, model(x), rtol=1e-5, atol=1e-5)
     del model.draw
     model.eval()
-    scale = {'networks': 4, 'removals': 2}
-    analysis = study_cell.analyse(model, fashion, scale, seed=0)
-    assert analysis == study_cell.analyse(model, fashion, scale, seed=0)
+    scale = Scale(networks=4, removals=2)
+    analysis = measuring.analyse(model, fashion, scale, seed=0)
+    assert analysis == measuring.analyse(model, fashion, scale, seed=0)
     with torch.autocast('cpu', torch.bfloat16):
         assert analysis['full'] == pytest.approx(100 - evaluate(model, fashion).top1, abs=1e-3)
     assert {n: len(errors) for n, errors in analysis['averages'].items()} == {1: 4, 2: 2, 4: 1}
@@ -290,34 +297,36 @@ def test_sub_networks_and_removed_blocks(fashion):
 
 
 def test_unknown_cells_and_a_missing_script_are_named(fashion, tmp_path, capsys):
-    common = ['study', '--data', str(fashion), '--work', str(tmp_path / 'work'), '--out', str(tmp_path / 'out')]
-    assert cli.main([*common, '--script', str(tmp_path / 'train.py')]) == 1
+    common = ['--data', str(fashion), '--work', str(tmp_path / 'work'), '--out', str(tmp_path / 'out')]
+    assert main([*common, '--script', str(tmp_path / 'train.py')]) == 1
     assert 'give train.py of a clone' in one_line(capsys)
     (tmp_path / 'train.py').touch()
-    assert cli.main([*common, '--script', str(tmp_path / 'train.py'), '--cells', 'linear']) == 1
+    assert main([*common, '--script', str(tmp_path / 'train.py'), '--cells', 'linear']) == 1
     assert 'cells must be among constant-seed0' in one_line(capsys)
-    assert cli.main(common) == 2
-    assert cli.main(['study', '--report', '--cells', 'constant-seed0']) == 2
-    assert cli.main([*common, '--card', 'card.md']) == 2
+    assert main(common) == 2
+    assert main(['--report', '--cells', 'constant-seed0']) == 2
+    assert main([*common, '--card', 'card.md']) == 2
+    assert main([*common, '--script', 'train.py', '--jobs', '0']) == 2
 
 
 def test_two_studies_do_not_share_a_work_folder(fashion, tmp_path, capsys):
     (tmp_path / 'train.py').touch()
     (tmp_path / 'work').mkdir()
-    common = ['study', '--data', str(fashion), '--work', str(tmp_path / 'work'), '--out', str(tmp_path / 'out')]
+    common = ['--data', str(fashion), '--work', str(tmp_path / 'work'), '--out', str(tmp_path / 'out')]
     with FileLock(tmp_path / 'work' / 'lock'):
-        assert cli.main([*common, '--script', str(tmp_path / 'train.py')]) == 1
+        assert main([*common, '--script', str(tmp_path / 'train.py')]) == 1
     assert 'another study runs in' in capsys.readouterr().err
 
 
 def test_a_failing_cell_leaves_no_record_and_the_others_go_on(fashion, tmp_path, capsys):
     """A script that ends at once stands for timm's."""
     (tmp_path / 'train.py').write_text("import sys; sys.exit('out of memory')")
-    with pytest.raises(RuntimeError, match='failed: constant-seed0; the logs are in'):
-        study.run(
-            tmp_path / 'train.py', fashion, tmp_path / 'work', tmp_path / 'out', ['constant-seed0'] * 2, scale=SCALE
-        )
-    assert capsys.readouterr().out.count('constant-seed0: failed, see') == 1
+    common = ['--data', str(fashion), '--work', str(tmp_path / 'work'), '--out', str(tmp_path / 'out')]
+    cells = ['--cells', *['constant-seed0'] * 2]
+    assert main([*common, '--script', str(tmp_path / 'train.py'), *cells]) == 1
+    captured = capsys.readouterr()
+    assert 'failed: constant-seed0; the logs are in' in captured.err
+    assert captured.out.count('constant-seed0: failed, see') == 1
     assert 'out of memory' in (tmp_path / 'work' / 'constant-seed0.log').read_text()
     assert list((tmp_path / 'out').iterdir()) == []
 
@@ -326,10 +335,12 @@ KILLED = """
 import json, sys
 from pathlib import Path
 from sd_resnet.analysis import datasets
-from sd_resnet.study import cells as study
+from sd_resnet.study.cells import CELLS, Scale
+from sd_resnet.study.running import run
 hashes, script, data, work, out, names, scale = json.loads(sys.argv[1])
 datasets.SHA256 = hashes
-study.run(Path(script), Path(data), Path(work), Path(out), names, scale=study.Scale(**scale))
+cells = [cell for cell in CELLS if cell.name in names]
+run(cells, Scale(**scale), Path(script), Path(data), Path(work), Path(out))
 """
 
 
@@ -353,10 +364,11 @@ def test_a_killed_study_keeps_finished_cells_and_a_seed_gives_the_same_numbers(f
     assert [path.name for path in out.iterdir()] == ['constant-seed0.json']
     finished = (out / 'constant-seed0.json').stat()
 
-    study.run(script, fashion, work, out, names, scale=SCALE)
+    cells = [cell for cell in CELLS if cell.name in names]
+    run(cells, SCALE, script, fashion, work, out)
     assert '1 cells are finished, 1 to run' in capsys.readouterr().out
     assert (out / 'constant-seed0.json').stat() == finished
-    study.run(script, fashion, tmp_path / 'work2', tmp_path / 'out2', names[1:], scale=SCALE)
+    run(cells[1:], SCALE, script, fashion, tmp_path / 'work2', tmp_path / 'out2')
     once, again = (json.loads((folder / f'{names[1]}.json').read_text()) for folder in (out, tmp_path / 'out2'))
     for record in (once, again):
         seconds = record['epochs'].pop('cpu_seconds')

@@ -43,8 +43,7 @@ def two_parts(model):
 
 
 @pytest.mark.parametrize(
-    ('name', 'sharded'),
-    [('resnet18', True), ('vit_tiny_patch16_224', False), ('convnext_atto', False)],
+    ('name', 'sharded'), [('resnet18', True), ('vit_tiny_patch16_224', False), ('convnext_atto', False)]
 )
 def test_a_checkpoint_of_either_is_loaded_into_the_other(tmp_path, name, sharded):
     """Whoever starts from timm's weights, and whoever gives a trained network away."""
@@ -88,11 +87,7 @@ def test_an_empty_network_is_filled_and_dispatched(tmp_path, name):
 
 @pytest.mark.parametrize(
     ('name', 'how'),
-    [
-        ('resnet18', 'cpu_offload'),
-        ('resnet18', 'disk_offload'),
-        *((name, 'dispatch_model') for name in NAMES),
-    ],
+    [('resnet18', 'cpu_offload'), ('resnet18', 'disk_offload'), *((name, 'dispatch_model') for name in NAMES)],
 )
 @pytest.mark.filterwarnings('ignore:The following device_map keys do not match any submodules')
 def test_an_offloaded_network_evaluates_as_timms(tmp_path, name, how):

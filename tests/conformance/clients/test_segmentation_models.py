@@ -90,13 +90,7 @@ def exported(model):
 
 
 @pytest.mark.parametrize(
-    ('name', 'how'),
-    [
-        ('resnet18', scripted),
-        ('resnet18', traced),
-        ('resnet18', exported),
-        ('convnext_atto', scripted),
-    ],
+    ('name', 'how'), [('resnet18', scripted), ('resnet18', traced), ('resnet18', exported), ('convnext_atto', scripted)]
 )
 @pytest.mark.filterwarnings('ignore:.torch.jit:')
 def test_a_segmenter_is_deployed_as_one_with_timms_encoder(name, how):

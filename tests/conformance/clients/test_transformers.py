@@ -165,8 +165,7 @@ def run(model, folder, steps=3, resume=None, **arguments):
 
 
 @pytest.mark.parametrize(
-    ('name', 'checkpointing'),
-    [('resnet18', True), ('vit_tiny_patch16_224', True), ('convnext_atto', False)],
+    ('name', 'checkpointing'), [('resnet18', True), ('vit_tiny_patch16_224', True), ('convnext_atto', False)]
 )
 @pytest.mark.filterwarnings('ignore:`gradient_checkpointing` is deprecated')
 def test_the_trainer_trains_as_timms(tmp_path, name, checkpointing):
@@ -179,8 +178,7 @@ def test_the_trainer_trains_as_timms(tmp_path, name, checkpointing):
 
 
 @pytest.mark.parametrize(
-    ('name', 'mode'),
-    [('resnet18', 'batch'), ('vit_tiny_patch16_224', 'subset'), ('convnext_atto', 'batch')],
+    ('name', 'mode'), [('resnet18', 'batch'), ('vit_tiny_patch16_224', 'subset'), ('convnext_atto', 'batch')]
 )
 @pytest.mark.filterwarnings('ignore:`gradient_checkpointing` is deprecated')
 def test_the_trainer_resumes_with_the_same_draws_and_what_it_saved_is_timms(tmp_path, name, mode):

@@ -1,0 +1,138 @@
+"""What each command of `sd-resnet` does: a function by its name, whose docstring is what `--help` says."""
+
+import json
+import sys
+from argparse import Namespace
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from ..analysis import costs, datasets, evaluation, pruning
+from ..bench import measure, report
+from ..errors import UsageError
+from ..figures import figure_class
+from ..hub.push import push as push_to_hub
+from ..hub.repository import prepare
+from ..hub.verify import verify as verify_repository
+from ..quickstart import run as run_quickstart
+from ..recipes import recipes
+from ..resnets import checkpoints
+
+# What `bench --rates` and `--growth` measure where nothing else is asked for
+RATES: dict[str, Any] = dict(
+    rates=(0.05, 0.1, 0.2, 0.3, 0.4, 0.5), modes=('subset', 'batch'), peers=('timm',), saved_steps=0
+)
+GROWTH: dict[str, Any] = RATES | dict(
+    models=('sd_resnet50', 'sd_resnet101', 'sd_resnet152'), rates=(0.8, 0.5, 0.2, 0.0), modes=('batch',), peers=()
+)
+
+
+def quickstart(args: Namespace) -> None:
+    """Train on digits, publish to a folder, load it back."""
+    epochs = {} if args.epochs is None else {'epochs': args.epochs}
+    run_quickstart(args.out, seed=args.seed, resume=args.resume, compare=args.compare, **epochs)
+
+
+def info(args: Namespace) -> None:
+    """Show the blocks: survival probability, parameters, FLOPs."""
+    cost = costs.network_cost(args.model, args.img_size, args.drop_path, args.schedule)
+    print(costs.cost_table(cost))
+    if args.plot:
+        costs.plot_costs(cost, args.plot)
+        print(f'\nwrote {args.plot}')
+
+
+def bench(args: Namespace) -> None:
+    """Measure training steps beside those of other drop paths."""
+    if args.plot:
+        figure_class()  # or its absence is found after the work
+    preset = GROWTH if args.growth else {} if args.rates is None else RATES
+    args.rates = args.rates or args.drop_path
+    given = {field.name: getattr(args, field.name, None) for field in fields(measure.Settings)}
+    settings = measure.Settings(**preset | {name: value for name, value in given.items() if value is not None})
+    races = measure.run(settings)
+    print(report.table(settings, races))
+    if args.json:
+        report.save_record(settings, races, args.json)
+    if args.plot:
+        report.plot(settings, races, args.plot)
+
+
+def recipe(args: Namespace) -> None:
+    """List recipes for timm's train.py, or print one's path."""
+    found = recipes()
+    if args.name is None:
+        print('\n'.join(f'{name:<22}{summary}' for name, (_, summary) in found.items()))
+    elif args.name in found:
+        print(found[args.name][0])
+    else:
+        raise ValueError(f'recipe must be one of {", ".join(found)}, got {args.name!r}')
+
+
+def data(args: Namespace) -> None:
+    """Write a data set as timm's scripts read it."""
+    folder = datasets.write_fashion_mnist(args.folder, args.pad, args.images)
+    print(f'wrote {folder}; train with --dataset torch/fashion_mnist --data-dir {folder} --val-split test')
+
+
+def evaluate(args: Namespace) -> None:
+    """Measure accuracy on a test set."""
+    found = evaluation.evaluate(args.model, args.data, args.images, progress=sys.stderr.isatty())
+    if args.json:
+        print(json.dumps({'model': args.model, **asdict(found)}))
+    else:
+        scores = f'top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} %, error {100 - found.top1:.2f} %'
+        print(f'{args.model}: {scores}, {found.images} images')
+
+
+def prune(args: Namespace) -> None:
+    """Remove the blocks that a trained network can best do without."""
+    if args.out and args.out.exists():
+        raise FileExistsError(f'{args.out} exists; remove it, or choose another folder')
+    if args.plot:
+        figure_class()  # or its absence is found after the work
+    models = [pruning.load(source) for source in args.models]
+    if args.out:
+        pruning.check_savable(models[0])
+    pruned = []
+    for source, model in zip(args.models, models):
+        name = Path(source).name if Path(source).is_dir() else source
+        pruned.append(pruning.prune(model, name, args.data, args.share, args.images))
+    records = [record for record, _ in pruned]
+    networks = [network for _, own in pruned for network in own]
+    pruning.measure_latency([point for record in records for point in record.points], networks)
+    print(pruning.table(records))
+    if args.out:
+        print(f'\nwrote {args.out}; load it with {pruning.save(pruned[0][1][-1], args.out)}')
+    if args.json:
+        pruning.save_record(records, args.json)
+    if args.plot:
+        pruning.plot_pruning(records, args.plot)
+
+
+def export(args: Namespace) -> None:
+    """Write a checkpoint as a plain timm ResNet."""
+    architecture, model_args = checkpoints.export(args.checkpoint, args.out, args.model, use_ema=not args.no_ema)
+    if architecture.startswith('sd_'):
+        print(f'note: {checkpoints.NO_PLAIN_CIFAR}')
+    given = ', '.join(f'{key}={value!r}' for key, value in {**model_args, 'checkpoint_path': str(args.out)}.items())
+    print(f'wrote {args.out}; load it with timm.create_model({architecture!r}, {given})')
+
+
+def push(args: Namespace) -> None:
+    """Publish a training run on the Hugging Face Hub, and verify it."""
+    options = {name: getattr(args, name) for name in ('checkpoint', 'no_ema', 'plain', 'license', 'dataset')}
+    commit = {'private': args.private or None, 'revision': args.revision, 'message': args.message}
+    if not args.dry_run:
+        push_to_hub(args.source, args.repo_id, **commit, **options)
+    elif refused := [name for name, value in commit.items() if value]:
+        raise UsageError(f'--{refused[0]} does not go with --dry-run')
+    else:
+        folder = prepare(args.source, args.dry_run, args.repo_id, **options)
+        print(f'wrote {folder}, nothing was sent; look at it, and load it with')
+        print(f"  timm.create_model('local-dir:{folder}', pretrained=True)")
+
+
+def verify(args: Namespace) -> None:
+    """Check a repository's hashes, tensors and outputs."""
+    verify_repository(args.target, args.fix)
