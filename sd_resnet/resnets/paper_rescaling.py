@@ -8,7 +8,6 @@ network here folds them in.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import reduce
 from typing import Any
 
@@ -234,10 +233,12 @@ def _originals(chain: Any, originals: list[Tensor], factor: float) -> list[Tenso
 
     wanted = value(originals) * factor
     for candidate in (lambda: [_times(originals[0], factor), *originals[1:]], lambda: inverse(wanted)):
-        with suppress(AttributeError, NotImplementedError):  # torch's word where there is no `right_inverse`
+        try:
             tensors = candidate()
-            if torch.allclose(value(tensors), wanted):
-                return tensors
+        except (AttributeError, NotImplementedError):  # a parametrisation without `right_inverse`: the next, or refused
+            continue
+        if torch.allclose(value(tensors), wanted):
+            return tensors
     raise ValueError(f'needs a last norm layer whose parametrisation can be inverted, got {chain}')
 
 

@@ -246,4 +246,3 @@ def test_features_are_one_graph(mode, training):
     model = make('sd_resnet20_cifar', features_only=True, drop_path_mode=mode).train(training)
     compiled = torch.compile(model, backend='eager', fullgraph=True)
     assert len(compiled(images(2, size=32))) == 4
-

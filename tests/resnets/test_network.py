@@ -242,4 +242,3 @@ def test_a_norm_that_divides_its_weight_again_is_refused_under_test_time_rescali
     torch.nn.utils.spectral_norm(model.layer1[0].bn2)
     with pytest.raises(ValueError, match='needs a last norm layer whose weight is a parameter'):
         model.set_drop_path(rescale='test')
-
