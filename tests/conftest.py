@@ -43,6 +43,23 @@ IMAGENET = [
     'resnext50_32x4d',
 ]
 
+# Of everything that timm's other ResNets have one, small
+SMALL, WIDE = {'layers': (2, 1, 1, 2)}, {'layers': (2, 1, 1, 2), 'channels': (32, 64, 32, 64)}
+KINDS = {
+    'seresnet18': SMALL,
+    'ecaresnet26t': SMALL,
+    'resnetaa34d': SMALL,
+    'resnetaa50': {**SMALL, 'output_stride': 16},
+    'resnetblur18': SMALL,
+    'resnet50_gn': WIDE,
+    'resnet10t': {**SMALL, 'act_layer': 'silu'},
+    'resnetrs50': SMALL,
+    'resnet50s': SMALL,
+    'seresnextaa101d_32x8d': SMALL,
+    'senet154': WIDE,
+    'test_resnet': {},
+}
+
 
 @pytest.fixture(autouse=True)
 def _seed():
@@ -64,6 +81,7 @@ def make(name, train=False, dtype=None, full=False, **kwargs):
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.8, 1.2)
+            if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.GroupNorm)):
                 module.weight.uniform_(0.3, 0.7)
                 module.bias.normal_(0, 0.1)
     return model.to(dtype).train(train) if dtype else model.train(train)

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,16 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..converted.convert import own_input_size
-from ..converted.search import copy_without_data
+from ..converted.blocks import UnitBlock
+from ..converted.convert import converted_blocks, own_input_size
+from ..converted.trial import copy_without_data
+from ..core.drop_path import StochasticDepth
 from ..errors import one_line
 from ..figures import DROPPED, KEPT, OTHER, PROBABILITY, new_figure, save_figure
+from ..resnets.network import StochasticDepthNet
 from .networks import check_name, network_of
+
+_IMAGES = 4  # of which half is two: where one was left, BatchNorm would take all of them
 
 
 @dataclass(frozen=True)
@@ -25,10 +31,10 @@ class BlockCost:
     """One residual block, for one image and one forward pass; a multiplication and its addition are two FLOPs."""
 
     name: str  # as in the state dict, e.g. `layer1.0`
-    survival_prob: float  # p_l
+    survival_prob: float  # p_l, the mean over its branches
     parameters: int  # number of values, shortcut included
     branch_flops: int  # what a dropped block saves
-    shortcut_flops: int  # what is always computed: the projection, if there is one
+    shortcut_flops: int  # what is always computed: a projection, and whatever lies outside of its branches
 
 
 @dataclass(frozen=True)
@@ -91,20 +97,46 @@ def model_cost(model: Any, image_size: int | None = None) -> NetworkCost:
     if image_size is not None and image_size < 1:
         raise ValueError(f'image size must be at least 1 pixel, got {image_size}')
     channels, height, width = own_input_size(model)
-    flops = count_flops(model, (channels, image_size or height, image_size or width))
+    size, network = (channels, image_size or height, image_size or width), network_of(model)
+    flops, always = count_flops(model, size), _always_computed(model, size)
 
-    def cost(name: str, p_l: float) -> BlockCost:
-        shortcut = flops[f'{name}.downsample']
-        return BlockCost(name, p_l, _size(model.get_submodule(name)), flops[name] - shortcut, shortcut)
+    def cost(name: str, drop_paths: Sequence[StochasticDepth]) -> BlockCost:
+        p_l = fmean([drop_path.p_l for drop_path in drop_paths] or [1.0])
+        return BlockCost(name, p_l, _size(model.get_submodule(name)), flops[name] - always[name], always[name])
 
-    blocks = tuple(cost(name, drop_path.p_l) for name, drop_path in network_of(model).drop_paths.items())
-    return NetworkCost(model.pretrained_cfg['architecture'], image_size or width, blocks, flops[''], _size(model))
+    blocks = tuple(cost(name, drop_paths) for name, drop_paths in network.drop_paths.items())
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    architecture = cfg.get('architecture', getattr(model, 'plain_class', type(model)).__name__)
+    return NetworkCost(architecture, image_size or width, blocks, flops[''], _size(model))
 
 
 def count_flops(model: nn.Module, input_size: tuple[int, ...]) -> Counter[str]:
     """FLOPs of one image's forward pass in evaluation, by the modules' names; those of the whole network by ''."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy_without_data(model).eval()(torch.empty(1, *input_size, device='meta'))
+    return _count(copy_without_data(model).eval(), 1, input_size)
+
+
+def _always_computed(model: nn.Module, input_size: tuple[int, ...]) -> Counter[str]:
+    """Of each block the FLOPs for one image that no drop saves."""
+    if isinstance(model, StochasticDepthNet):
+        flops = count_flops(model, input_size)
+        return Counter({name: flops[f'{name}.downsample'] for name in network_of(model).drop_paths})
+    tried = copy_without_data(model).eval()
+    whole, always = _count(tried, _IMAGES, input_size), Counter[str]()
+    blocks = converted_blocks(tried)
+    for block in blocks.values():
+        for drop_path in block.drop_paths():
+            drop_path.configure(*((1e-12, 'batch') if isinstance(block, UnitBlock) else (0.5, 'subset')))
+            drop_path.train()
+    ran = _count(tried, _IMAGES, input_size)
+    for name, block in blocks.items():  # of one all was dropped, of another half of the images
+        saved = (whole[name] - ran[name]) * (1 if isinstance(block, UnitBlock) else 2)
+        always[name] = (whole[name] - saved) // _IMAGES
+    return always
+
+
+def _count(tried: nn.Module, images: int, input_size: tuple[int, ...]) -> Counter[str]:
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        tried(torch.empty(images, *input_size, device='meta'))
     return Counter({name.partition('.')[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()})
 
 

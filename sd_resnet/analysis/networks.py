@@ -3,18 +3,25 @@
 import copy
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import Any
+from functools import cached_property, partial
+from itertools import product
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.layers import DropPath
 from timm.models import is_model, is_model_in_modules
 from torch import Tensor, nn
 
-from ..converted.blocks import ConvertedBlock
-from ..converted.convert import converted_blocks, unconvert
+from ..converted.blocks import UnitBlock
+from ..converted.by_branch import BranchDropPath
+from ..converted.convert import converted_blocks, own_input_size, unconvert
 from ..converted.converted_models import register
+from ..converted.draws import Draws
+from ..converted.published_rates import published
+from ..converted.trial import copy_without_data, find_slots, run
 from ..core.draws import Draw, Window
+from ..core.schedules import DEFAULT_DROP_PATH_RATE
 from ..resnets.checkpoints import fold
 from ..resnets.network import StochasticDepthNet
 
@@ -26,35 +33,79 @@ class ConvertedNetwork:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        # The blocks' `StochasticDepth` by the blocks' names as in the state dict, in the order in which they run
-        self.drop_paths = {name: block.block_drop_path for name, block in converted_blocks(model).items()}
-        self.fixed: frozenset[int] = frozenset()  # blocks that change the shape, and so cannot be removed
+        # The blocks' drop paths by the blocks' names as in the state dict, in the order in which they run
+        self.drop_paths = {name: block.drop_paths() for name, block in converted_blocks(model).items()}
+
+    @cached_property
+    def fixed(self) -> frozenset[int]:
+        """Blocks that change the shape, and so cannot be removed: a trial run shows them."""
+        changing: set[str] = set()
+        tried = copy_without_data(self.model).eval()
+
+        def compare(name: str, block: nn.Module, args: Any, out: Any) -> None:
+            after = out[0] if isinstance(out, tuple) else out
+            if not args or args[0].shape != after.shape:
+                changing.add(name)
+
+        for name in self.drop_paths:
+            tried.get_submodule(name).register_forward_hook(partial(compare, name))
+        run(tried, own_input_size(self.model))
+        return frozenset(index for index, name in enumerate(self.drop_paths) if name in changing)
 
     def plain_copy(self) -> Any:
-        """timm's own network of the same weights, which drops nothing."""
+        """The network as it was before, of the same weights, which drops nothing."""
         plain = copy.deepcopy(self.model)
+        drop_paths = [child for block in converted_blocks(plain).values() for _, _, child in block.plain_slots]
         unconvert(plain)
+        drop_paths += [getattr(plain.get_submodule(slot.holder), slot.name) for slot in find_slots(plain)]
+        for drop_path, rate in product(drop_paths, ('drop_prob', 'p')):
+            if getattr(drop_path, rate, None):
+                setattr(drop_path, rate, 0.0)
         if cfg := getattr(plain, 'pretrained_cfg', None):
             plain.pretrained_cfg = plain.default_cfg = {**cfg, 'architecture': cfg['architecture'].removeprefix('sd_')}
-        for module in plain.modules():
-            if isinstance(module, DropPath):
-                module.drop_prob = 0.0
         return plain
 
     def on_forward(self, tell: Callable[[list[float]], None]) -> None:
-        """Call `tell` after each forward pass with the share of each block's branch that was run."""
+        """Call `tell` after each forward pass with the share of each block's branches that was run, their mean."""
         blocks = converted_blocks(self.model).values()
-        draws = next(iter(blocks)).draws
-        draw, ran = draws.draw, dict.fromkeys(blocks, 1.0)
+        ran: dict[Any, list[float]] = {}  # by drop paths: of each use
 
-        @torch.compiler.disable
-        def watched(block: ConvertedBlock, x: Tensor) -> Draw:
-            drawn = draw(block, x)
-            (ran[block],) = _shares([drawn], x)
-            return drawn
+        for drop_path in (each for own in self.drop_paths.values() for each in own):
+            if isinstance(drop_path, BranchDropPath):
+                drop_path.take = torch.compiler.disable(_watched_take(drop_path, ran))  # type: ignore[method-assign]
+        for draws in {block.draws: None for block in blocks if isinstance(block, UnitBlock)}:
+            draws.draw = torch.compiler.disable(_watched_draw(draws, ran))
 
-        draws.draw = watched
-        self.model.register_forward_hook(torch.compiler.disable(lambda *_: tell(list(ran.values()))))
+        def told(*_: Any) -> None:
+            shares = ((ran.get(drop_path, [1.0]) for drop_path in own) for own in self.drop_paths.values())
+            tell([fmean([fmean(each) for each in own] or [1.0]) for own in shares])
+
+        self.model.register_forward_pre_hook(torch.compiler.disable(lambda *_: ran.clear()))
+        self.model.register_forward_hook(torch.compiler.disable(told))
+
+
+def _watched_take(drop_path: BranchDropPath, ran: dict[Any, list[float]]) -> Callable[[Tensor, bool], Tensor]:
+    take = drop_path.take
+
+    def watched(x: Tensor, inner: bool) -> Tensor:
+        begins = drop_path.branch is None
+        rows = take(x, inner)
+        if begins:
+            ran.setdefault(drop_path, []).append(len(rows) / len(x))
+        return rows
+
+    return watched
+
+
+def _watched_draw(draws: Draws, ran: dict[Any, list[float]]) -> Callable[[UnitBlock, Tensor], Draw]:
+    draw = draws.draw
+
+    def watched(block: UnitBlock, x: Tensor) -> Draw:
+        drawn = draw(block, x)
+        ran[block.block_drop_path] = _shares([drawn], x)
+        return drawn
+
+    return watched
 
 
 class OwnNetwork:
@@ -64,7 +115,7 @@ class OwnNetwork:
         self.model: Any = model
         names = {module: name for name, module in model.named_modules()}
         blocks = list(model.blocks())
-        self.drop_paths = {names[block]: block.drop_path for block in blocks}
+        self.drop_paths = {names[block]: [block.drop_path] for block in blocks}
         self.fixed = frozenset(index for index, block in enumerate(blocks) if block.downsample is not None)
 
     def plain_copy(self) -> Any:
@@ -102,6 +153,23 @@ def network_of(model: nn.Module) -> Network:
             'unwrap DDP and EMA (`.module`) and torch.compile (`._orig_mod`) first'
         )
     return ConvertedNetwork(model)
+
+
+class Defaults(NamedTuple):
+    """How a model drops where nothing is said."""
+
+    rate: float
+    schedule: str
+    mode: str
+    source: str  # of the rate
+
+
+def defaults_of(architecture: str) -> Defaults:
+    """Those of a registered `sd_` model, by its name without tag."""
+    if is_model_in_modules(architecture, ('converted_models',)):
+        rate, source = published(architecture.removeprefix('sd_'))
+        return Defaults(rate, 'timm', 'subset', source)
+    return Defaults(DEFAULT_DROP_PATH_RATE, 'linear', 'batch', 'Huang et al., arXiv 1603.09382, section 4: p_L = 0.5')
 
 
 def check_name(name: str, own: bool = True) -> None:

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..resnets.resnet_cifar import StochasticCifarResNet
+from ..resnets.resnet_imagenet import ARCHITECTURES
 from .networks import Network, network_of
 
 
@@ -73,10 +74,16 @@ def _size_args(small: Any) -> dict[str, Any]:
     """What builds a network of this size, where timm's architecture takes that and is then the same; else nothing."""
     if isinstance(small, StochasticCifarResNet):
         return {'blocks_per_stage': [len(getattr(small, name)) for name in small.stage_names], 'drop_path_rate': 0.0}
-    if isinstance(small, ResNet):
+    if isinstance(small, ResNet) and not _pruned_by_timm(small):
         return {'layers': [len(getattr(small, f'layer{stage}')) for stage in range(1, 5)]}
     if isinstance(small, VisionTransformer):
         return {'depth': len(small.blocks)}
     if isinstance(small, ConvNeXt):
         return {'depths': [len(stage.blocks) for stage in small.stages]}  # type: ignore[arg-type]
     return {}
+
+
+def _pruned_by_timm(model: Any) -> bool:
+    """Are its widths of a list of timm's, block by block?"""
+    name: Any = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
+    return ARCHITECTURES.get(name, {}).get('pruned', False)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..analysis.costs import NetworkCost, network_cost, size_args
 from ..analysis.networks import check_name, network_of
-from ..converted.search import find_slots
+from ..converted.trial import find_slots
 from ..core.drop_path import StochasticDepth
 from ..core.refusals import MODES
 from ..core.schedules import Schedule

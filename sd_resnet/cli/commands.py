@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis import costs, datasets, evaluation, pruning
+from ..analysis.networks import defaults_of
 from ..bench import measure, report
 from ..errors import UsageError
 from ..figures import figure_class
@@ -37,6 +38,12 @@ def info(args: Namespace) -> None:
     """Show the blocks: survival probability, parameters, FLOPs."""
     cost = costs.network_cost(args.model, args.img_size, args.drop_path, args.schedule)
     print(costs.cost_table(cost))
+    default = defaults_of(cost.architecture)
+    schedule = default.schedule if args.schedule is None else args.schedule
+    given = None if isinstance(schedule, str) else f'up to {1 - min(block.survival_prob for block in cost.blocks):g}'
+    rate = given or (default.rate if args.drop_path is None else args.drop_path)
+    print(f'drop path                 rate {rate}, schedule {schedule}, mode {default.mode}')
+    print(f'the default rate          {default.rate:g}: {default.source}')
     if args.plot:
         costs.plot_costs(cost, args.plot)
         print(f'\nwrote {args.plot}')

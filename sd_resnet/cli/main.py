@@ -55,7 +55,7 @@ def _parser() -> ArgumentParser:
 
     add = command(commands.info, 'sd_resnet50').add_argument
     add('model', metavar='MODEL', help='for example sd_resnet50 or sd_resnet110_cifar')
-    add('--drop-path', type=float, metavar='RATE', help="1 - p_L, in [0, 1) (the model's: 0.5)")
+    add('--drop-path', type=float, metavar='RATE', help="1 - p_L, in [0, 1) (the model's)")
     add('--schedule', type=_schedule, metavar='NAME|LIST', help='linear, uniform, timm, 1,0.5 or [p_1, ...]')
     add('--img-size', type=_positive, metavar='PX', help="height and width (the model's)")
     add('--plot', type=_output_file, metavar='FILE', help='draw them, too')

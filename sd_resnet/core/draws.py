@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .private_api import transforming, vmapping
-from .refusals import check_draws_alone
+from .private_api import transforming
+from .refusals import check_draws_alone, check_draws_on_host
 
 # p_l as a whole number of these is exact from 2^-7 on. A whole number is a constant to `torch.compile`; a float that
 # changes would become a symbol, and with it the number of rows.
@@ -20,7 +20,7 @@ _NOTHING = 2**28  # rows in these units: shares below 3e-10 are rounding
 
 
 class Window(NamedTuple):
-    """Which rows of a mini-batch survive in subset mode: neighbouring ones, cyclically.
+    """Which neighbouring rows of a mini-batch survive in subset mode, cyclically.
 
     In a compiled graph, whose shapes are fixed, `start` and `alive` are tensors on the images' device, and the last row
     may not be alive. On many ranks no row survives of one, not of none: a SyncBatchNorm would wait for this rank.
@@ -48,25 +48,21 @@ def draw(drop_paths: Sequence[Any], x: Tensor, mode: str, generator: torch.Gener
     """
     if mode == 'row':
         return [Draw(drop_path.p_l, drop_path.mask(x)) for drop_path in drop_paths]
-    if vmapping():
-        raise RuntimeError(
-            f"drop_path_mode must be 'row' under torch.func.vmap, got {mode!r}: its draws are made on the host, once "
-            'for all samples'
-        )
+    check_draws_on_host(mode)
     if mode == 'batch':
         uniform = _numbers(torch.rand(len(drop_paths), dtype=torch.float64, device='cpu', generator=generator))
         return [Draw(drop_path.p_l, u < drop_path.p_l) for u, drop_path in zip(uniform, drop_paths)]
-    windows = draw_windows([drop_path.p_l_in_units for drop_path in drop_paths], x)
+    windows = draw_windows([drop_path.p_l_in_units for drop_path in drop_paths], x.shape[0], x.device)
     return [Draw(drop_path.p_l_in_units / UNIT, window) for drop_path, window in zip(drop_paths, windows)]
 
 
-def draw_windows(probs: Sequence[int], x: Tensor) -> list[Window]:
-    """Windows of k rows, k being floor(p_l N) or one more, with the mean p_l N, from a first row that is uniform.
+def draw_windows(probs: Sequence[int], batch: int, device: torch.device, least: int = 0) -> list[Window]:
+    """Windows of k rows of N, k being floor(p_l N) or one more, with the mean p_l N, from a first row that is uniform.
 
     So each row survives with exactly p_l, whatever N. The same seed gives the same windows in eager and in compiled
-    code (which `torch.rand` and `randint` would not). `probs` are in units of 1 / `UNIT`, `x` is (N, ...).
+    code (which `torch.rand` and `randint` would not). `probs` are in units of 1 / `UNIT`, `least` rows run in any case.
     """
-    batch = len(range(x.shape[0]))  # a number of its own for each compiled graph, where it may be a symbol
+    batch = len(range(batch))  # a number of its own for each compiled graph, where it may be a symbol
     if batch == 0:
         return [Window(0, 0, 0)] * len(probs)
     whole = [(p * batch + _NOTHING) // UNIT for p in probs]
@@ -75,9 +71,9 @@ def draw_windows(probs: Sequence[int], x: Tensor) -> list[Window]:
     odds = [[1 - r / UNIT, r / UNIT] for r in rest]
     one_more = torch.tensor(odds, dtype=torch.float64, device='cpu').multinomial(1).squeeze(1)
     if not torch.compiler.is_compiling():
-        more, least = _numbers(one_more), int(many_ranks())
+        more, least = _numbers(one_more), max(least, int(many_ranks()))
         return [Window(start, max(k + m, least), k + m) for start, k, m in zip(_numbers(starts), whole, more)]
-    both = torch.stack([starts, one_more]).to(x.device, non_blocking=True)
+    both = torch.stack([starts, one_more]).to(device, non_blocking=True)
     rows = [k + 1 if r else k for k, r in zip(whole, rest)]
     return [Window(both[0, l], rows[l], whole[l] + both[1, l] if rest[l] else rows[l]) for l in range(len(probs))]
 
@@ -87,17 +83,17 @@ def _numbers(values: Tensor) -> list[Any]:
     return [value.item() for value in values] if transforming() else values.tolist()
 
 
-def simplified(window: Window, x: Tensor, one_value: bool) -> Window | Tensor | bool:
-    """A window of `x`, (N, ...), as batch mode's b_l where all rows survive, or none; as row mode's where all must run.
+def simplified(window: Window, x: Tensor, batch: int, one_value: bool) -> Window | Tensor | bool:
+    """A window of N rows as batch mode's b_l where all survive, or none; as row mode's, for `x`, where all must run.
 
     As where there is one row, in which BatchNorm would see a single value per channel (`one_value`).
     """
     if window.rows == 0:
         return False
-    if window.rows == x.shape[0] and not isinstance(window.alive, Tensor):
-        return True
-    if window.rows == x.shape[0] or (window.rows == 1 and one_value):
-        alive = positions(x, window.start) < window.alive
+    if window.rows == batch and not isinstance(window.alive, Tensor):
+        return window.alive == batch or x.new_zeros([1] * x.dim())
+    if window.rows == batch or (window.rows == 1 and one_value):
+        alive = positions(batch, window.start, x.device) < window.alive
         return alive.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
     return window
 
@@ -107,9 +103,9 @@ def nothing_survives(b_l: Any) -> bool:
     return isinstance(b_l, Window) and not isinstance(b_l.alive, Tensor) and b_l.alive == 0
 
 
-def positions(x: Tensor, start: int | Tensor) -> Tensor:
+def positions(batch: int, start: int | Tensor, device: torch.device) -> Tensor:
     """Of each row of a mini-batch in the window that begins at `start`, (N,)."""
-    return (torch.arange(x.shape[0], device=x.device) - start) % x.shape[0]
+    return (torch.arange(batch, device=device) - start) % batch
 
 
 def many_ranks() -> bool:

@@ -29,8 +29,7 @@ def derived(getter: Callable[[Any], Any]) -> Any:
 class StochasticDepth(DropPath):
     """Survival probability and mode of one residual block, which holds it as `drop_path` and skips the work.
 
-    Called like timm's `DropPath`, the module applies row mode's mask in training, over p_l, and nothing in evaluation.
-    Its own `training` flag decides whether the block drops.
+    Called like timm's `DropPath`, it applies row mode's mask in training. Its own `training` flag decides.
 
     Args:
         survival_prob: p_l, in (0, 1].
@@ -84,8 +83,7 @@ class StochasticDepth(DropPath):
     def runs_outside_compiler(self) -> bool:
         """Must the block's own frame be kept out of `torch.compile`?
 
-        In batch mode, where each outcome would be a graph of its own, also if p_l is 1: compiled among blocks that
-        drop, those would be many graphs of one code object. And in a ramp, whose rate a compiler could freeze.
+        In batch mode, where each outcome would be a graph, in all blocks; and in a ramp, which a compiler could freeze.
         """
         return self.training and (self.ramped or (self.mode == 'batch' and (self.drops or self.network_drops)))
 

@@ -1,6 +1,7 @@
-"""Every private name of torch and timm in use, what it is for, and what is done where it does not exist.
+"""The private names of torch and timm in use, what each is for, and what is done where it does not exist.
 
-Public names are used wherever there are any. `tests/core/test_private_api.py` says in which version one is gone.
+Public names are used wherever there are any; `converted/private_api.py` has those that only it uses.
+`tests/core/test_private_api.py` says in which version one is gone.
 """
 
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from timm.models._features import feature_take_indices as feature_take_indices  # what `indices` asks for
+from timm.models._prune import adapt_model_from_file as adapt_model_from_file  # to the widths of a pruned network
 from torch import Tensor, nn
 
 # Since torch 2.6. Without it rows of a wrapped window are kept for backward instead of being taken again.
@@ -61,13 +63,8 @@ def is_replica(module: nn.Module) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Has somebody registered a hook on its forward or backward pass?"""
-    return any(getattr(module, name) for name in _HOOKS)
-
-
-def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
-    """By their names, with those that are None, which `named_children` leaves out."""
-    return module._modules
+    """Has somebody registered a hook on its forward or backward pass, or on every module's?"""
+    return any(getattr(module, name) or getattr(torch.nn.modules.module, f'_global{name}') for name in _HOOKS)
 
 
 def buffer_of(module: nn.Module, name: str) -> Tensor:
@@ -78,12 +75,3 @@ def buffer_of(module: nn.Module, name: str) -> Tensor:
 def version_of(tensor: Tensor) -> int:
     """How often it was changed in place; autograd checks this to refuse gradients of what is not there any more."""
     return tensor._version
-
-
-def remove_loading_hook(module: nn.Module, function: Callable[..., Any]) -> bool:
-    """What `register_load_state_dict_pre_hook` registered, whose handle a copy of the module does not have."""
-    hooks = module._load_state_dict_pre_hooks
-    found = [key for key, hook in hooks.items() if getattr(hook, 'hook', None) is function]
-    for key in found:
-        del hooks[key]
-    return bool(found)

@@ -19,9 +19,8 @@ class DropPathRamp(nn.Module):
     """Multiplies every block's rate, 1 - p_l, by a factor that depends on the number of training steps so far.
 
     A step is one forward pass of the network in training mode, with gradients; of a converted one, of its first block
-    that trains. The state dict holds their number as one scalar, `step`, which is how it survives timm's `--resume`.
-    `steps_done` alone decides, so that no step waits for a device; the scalar is written at every step and read when a
-    state dict is loaded. Who starts anew from such weights drops the key, or sets `steps_done` to 0.
+    that trains. `steps_done` alone decides, so that no step waits for a device; the state dict has it as a scalar,
+    `step`, which survives timm's `--resume`. Who starts anew drops the key, or sets `steps_done` to 0.
 
     Args:
         kind: `'warmup'`, from 0 up to the whole rate in equal steps; `'early'`, on, then off; `'late'`, off, then on.

@@ -10,7 +10,7 @@ import torch.fx
 from timm.layers import SplitBatchNorm2d
 from torch import nn
 
-from .private_api import exporting, is_replica
+from .private_api import exporting, is_replica, vmapping
 
 MODES = ('batch', 'row', 'subset')
 RESCALES = ('train', 'test')
@@ -38,6 +38,15 @@ def check_traceable(x: Any) -> None:
         raise RuntimeError(
             'a block in training mode cannot be traced: one random decision would be frozen into the graph; trace in '
             'evaluation mode, or keep the blocks whole with timm.models.get_notrace_modules()'
+        )
+
+
+def check_draws_on_host(mode: str) -> None:
+    """Raise a RuntimeError under `torch.func.vmap`, where only row mode can draw."""
+    if vmapping():
+        raise RuntimeError(
+            f"drop_path_mode must be 'row' under torch.func.vmap, got {mode!r}: its draws are made on the host, once "
+            'for all samples'
         )
 
 

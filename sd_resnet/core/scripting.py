@@ -13,10 +13,7 @@ ModuleT = TypeVar('ModuleT', bound=nn.Module)
 
 
 class Gate(nn.Module):
-    """b_l of one block as a factor of its branch, in the place of its drop path; TorchScript has no way to skip it.
-
-    The odds are those of the mode. Nothing is saved, and BatchNorm sees every row.
-    """
+    """b_l of one block, by its mode, as a factor of its branch in its drop path's place: TorchScript skips nothing."""
 
     def __init__(self, drop_path: StochasticDepth) -> None:
         super().__init__()

@@ -32,30 +32,31 @@ def skip(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 @torch.compiler.disable
-def fork(x: Tensor, window: Window, replaced: bool = False) -> tuple[Tensor, Tensor]:
+def fork(x: Tensor, window: Window, replaced: bool = False, kept: bool = True) -> tuple[Tensor, Tensor]:
     """`x`, (N, ...), for the shortcut, and the 1 to N rows of the window, for the branch; the memory format stays.
 
-    If the window is `replaced`, by a `join` with `x`, no gradient of these rows comes from the shortcut.
+    If the window is `replaced`, by a `join` with `x`, no gradient of these rows comes from the shortcut. `x` is `kept`
+    for backward, where rows may be taken again.
     """
     if transforming():
-        return x, x.index_select(0, _index(x, window))
-    return _Fork.apply(x, window, replaced)
+        return x, x.index_select(0, _index(x.shape[0], window, x.device))
+    return _Fork.apply(x, window, replaced, kept)
 
 
 @torch.compiler.disable
-def join(shortcut: Tensor, rows: Tensor, window: Window, factor: float | None, relu: bool) -> Tensor:
+def join(shortcut: Tensor | int, rows: Tensor, window: Window, factor: float | None, relu: bool = False) -> Tensor:
     """`shortcut`, (N, ...), and in the window `factor * rows`, (k, ...), added, or the ReLU of all of that.
 
     If the factor is None, the rows in place of the window, or their ReLU: on the way, so that no copy is kept for it.
+    The number N as a shortcut is that of rows of zeros.
     """
-    dtype = torch.promote_types(shortcut.dtype, rows.dtype)  # autocast may have made them different
-    shortcut, rows = shortcut.to(dtype), rows.to(dtype)
+    x, rows, batch = _alike(shortcut, rows)
     if not transforming():
-        return _Join.apply(shortcut, rows, window, factor, relu)
-    index = _index(shortcut, window)
+        return _Join.apply(x, rows, window, factor, relu, batch)
+    x, index = rows.new_zeros(batch, *rows.shape[1:]) if x is None else x, _index(batch, window, rows.device)
     if factor is None:
-        return shortcut.index_copy(0, index, rows.relu() if relu else rows)
-    out = shortcut.index_add(0, index, rows, alpha=factor)
+        return x.index_copy(0, index, rows.relu() if relu else rows)
+    out = x.index_add(0, index, rows, alpha=factor)
     return out.relu() if relu else out
 
 
@@ -64,10 +65,18 @@ def fork_in_graph(x: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     return _ForkByIndex.apply(x, window.start, window.rows)
 
 
-def join_in_graph(shortcut: Tensor, branch: Tensor, window: Window, factor: float) -> Tensor:
+def join_in_graph(shortcut: Tensor | int, rows: Tensor, window: Window, factor: float) -> Tensor:
     """`join`, in a compiled graph: to the rows that are alive, and without a ReLU, which is fused anyway."""
-    dtype = torch.promote_types(shortcut.dtype, branch.dtype)
-    return _JoinByIndex.apply(shortcut.to(dtype), branch.to(dtype), window.start, window.alive, factor)
+    x, rows, batch = _alike(shortcut, rows)
+    return _JoinByIndex.apply(x, rows, window.start, window.alive, factor, batch)
+
+
+def _alike(shortcut: Tensor | int, rows: Tensor) -> tuple[Any, Tensor, int]:
+    """Of the same type, which autocast may have made different, and N; None for a shortcut of zeros."""
+    if not isinstance(shortcut, Tensor):
+        return None, rows, shortcut
+    dtype = torch.promote_types(shortcut.dtype, rows.dtype)
+    return shortcut.to(dtype), rows.to(dtype), shortcut.shape[0]
 
 
 class _Skip(Function):
@@ -84,21 +93,25 @@ class _Skip(Function):
 
 class _Fork(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, window: Window, replaced: bool) -> tuple[Tensor, Tensor]:
-        ctx.window, ctx.replaced = window, replaced
-        ctx.save_for_backward(x)  # for who takes the rows again
+    def forward(ctx: Any, x: Tensor, window: Window, replaced: bool, kept: bool) -> tuple[Tensor, Tensor]:
+        ctx.window, ctx.replaced, ctx.batch = window, replaced, x.shape[0]
+        ctx.set_materialize_grads(False)
+        if kept:
+            ctx.save_for_backward(x)
         return x.view_as(x), rows_in(x, window)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_rows: Tensor) -> Any:
-        return _changed(grad, grad_rows, ctx.window, None if ctx.replaced else 1.0), None, None
+    def backward(ctx: Any, grad: Tensor | None, grad_rows: Tensor | None) -> Any:
+        if grad_rows is not None:
+            grad = _changed(grad, grad_rows, ctx.window, None if ctx.replaced else 1.0, batch=ctx.batch)
+        return grad, None, None, None
 
 
 class _Join(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, window: Window, factor: float | None, relu: bool) -> Tensor:
+    def forward(ctx: Any, x: Any, rows: Tensor, window: Window, factor: float | None, relu: bool, batch: int) -> Tensor:
         ctx.window, ctx.factor, ctx.relu = window, factor, relu
-        out = _changed(x, rows, window, factor, relu and factor is None)
+        out = _changed(x, rows, window, factor, relu and factor is None, batch)
         if relu:
             out = out if factor is None else out.clamp_min_(0)
             ctx.save_for_backward(out)
@@ -110,44 +123,53 @@ class _Join(Function):
         if ctx.factor is None:  # fork will replace the window in grad
             rows = rows_in(grad, ctx.window)
             mask = None if out is None else rows_in(out, ctx.window)
-            return grad, rows if mask is None else _threshold(rows, mask, 0), None, None, None
+            return grad, rows if mask is None else _threshold(rows, mask, 0), None, None, None, None
         grad = grad if out is None else _threshold(grad, out, 0)
         rows = rows_in(grad, ctx.window)
-        return grad, rows if ctx.factor == 1 else rows * ctx.factor, None, None, None
-
-
-def _pieces(batch: int, start: int, rows: int) -> list[tuple[int, int, int]]:
-    """The window's pieces: (first row of the batch, first row of the window, number of rows); two where it wraps."""
-    wrapped = max(0, start + rows - batch)
-    first = (start, 0, rows - wrapped)
-    return [first, (0, rows - wrapped, wrapped)] if wrapped else [first]
+        shortcut = grad if ctx.needs_input_grad[0] else None
+        return shortcut, rows if ctx.factor == 1 else rows * ctx.factor, None, None, None, None
 
 
 def rows_in(x: Tensor, window: Any) -> Tensor:
     """Slices, not an index: they keep any memory format. A view where the window does not wrap."""
-    pieces = [x.narrow(0, first, length) for first, _, length in _pieces(x.shape[0], window.start, window.rows)]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    wrapped = window.start + window.rows - x.shape[0]
+    if wrapped <= 0:
+        return x.narrow(0, window.start, window.rows)
+    return torch.cat([x.narrow(0, window.start, window.rows - wrapped), x.narrow(0, 0, wrapped)])
 
 
-def _changed(x: Tensor, rows: Tensor, window: Any, factor: float | None, relu: bool = False) -> Tensor:
-    """A new tensor, every element of which is written once: `x`, and in the window x + factor * rows.
+def _changed(x: Any, rows: Tensor, window: Any, factor: float | None, relu: bool = False, batch: int = 0) -> Tensor:
+    """A new tensor, every element of which is written once: `x`, or zeros, and in the window x + factor * rows.
 
     If the factor is None, the rows themselves, or their ReLU.
     """
-    batch, start, count = x.shape[0], window.start, window.rows
-    out = torch.empty_like(x)
-    for first, begin, length in _pieces(batch, start, count):
-        old, new, written = (t.narrow(0, at, length) for t, at in ((x, first), (rows, begin), (out, first)))
-        if relu:
-            torch.clamp_min(new, 0, out=written)
+    if x is None:
+        order = sorted(range(1, rows.dim()), key=rows.stride, reverse=True)
+        out = torch.empty_permuted((batch, *rows.shape[1:]), (0, *order), dtype=rows.dtype, device=rows.device)
+    else:
+        batch, out = x.shape[0], torch.empty_like(x)
+    start, wrapped = window.start, max(0, window.start + window.rows - batch)
+    outside, first = batch - window.rows, window.rows - wrapped  # rows in the window before it wraps
+    # Neighbouring pieces of the batch, and what of the rows comes there
+    sizes = [wrapped, outside, first] if wrapped else [start, first, outside - start]
+    new = [rows.narrow(0, first, wrapped), None, rows.narrow(0, 0, first)] if wrapped else [None, rows, None]
+    if torch.is_grad_enabled():  # a backward pass that is itself differentiated, which writing into views is not
+        x = out.zero_() if x is None else x
+        parts = [
+            (n if factor is None else old + n * factor) if n is not None else old for n, old in zip(new, x.split(sizes))
+        ]
+        return torch.cat(parts)
+    for piece, old, written in zip(new, sizes if x is None else x.split(sizes), out.split(sizes)):
+        if piece is None:
+            written.zero_() if x is None else written.copy_(old)
+        elif relu:
+            torch.clamp_min(piece, 0, out=written)
         elif factor is None:
-            written.copy_(new)
-        elif torch.is_grad_enabled():  # in a backward pass that is itself differentiated, which `out=` is not
-            written.copy_(torch.add(old, new, alpha=factor))
+            written.copy_(piece)
+        elif x is None:
+            torch.mul(piece, factor, out=written)
         else:
-            torch.add(old, new, alpha=factor, out=written)
-    for first, _, length in _pieces(batch, (start + count) % batch, batch - count):
-        out.narrow(0, first, length).copy_(x.narrow(0, first, length))
+            torch.add(old, piece, alpha=factor, out=written)
     return out
 
 
@@ -158,37 +180,40 @@ class _ForkByIndex(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, start: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(start)
-        return x.view_as(x), x.index_select(0, _index(x, Window(start, rows, rows)))
+        return x.view_as(x), x.index_select(0, _index(x.shape[0], Window(start, rows, rows), x.device))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_rows: Tensor) -> Any:
         (start,) = ctx.saved_tensors
-        return grad + _placed(grad_rows, start, grad_rows.shape[0], grad), None, None
+        return grad + _placed(grad_rows, start, grad_rows.shape[0], grad.shape[0]), None, None
 
 
 class _JoinByIndex(Function):
     @staticmethod
-    def forward(ctx: Any, shortcut: Tensor, branch: Tensor, start: Tensor, alive: Any, factor: float) -> Tensor:
-        ctx.rows, ctx.factor = branch.shape[0], factor
+    def forward(
+        ctx: Any, shortcut: Any, branch: Tensor, start: Tensor, alive: Any, factor: float, batch: int
+    ) -> Tensor:
+        ctx.rows, ctx.factor, ctx.batch = branch.shape[0], factor, batch
         alive = torch.full_like(start, alive) if isinstance(alive, int) else alive
         ctx.save_for_backward(start, alive)
-        return shortcut + _placed(branch, start, alive, shortcut) * factor
+        branch = _placed(branch, start, alive, batch) * factor
+        return branch if shortcut is None else shortcut + branch
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         start, alive = ctx.saved_tensors
-        rows = grad.index_select(0, _index(grad, Window(start, ctx.rows, alive))) * ctx.factor
+        rows = grad.index_select(0, _index(ctx.batch, Window(start, ctx.rows, alive), grad.device)) * ctx.factor
         inside = (torch.arange(ctx.rows, device=grad.device) < alive).view(-1, *[1] * (grad.dim() - 1))
-        return grad, torch.where(inside, rows, 0), None, None, None
+        return grad if ctx.needs_input_grad[0] else None, torch.where(inside, rows, 0), None, None, None, None
 
 
-def _index(x: Tensor, window: Window) -> Tensor:
+def _index(batch: int, window: Window, device: torch.device) -> Tensor:
     """The window's rows, (k,)."""
-    return (torch.arange(window.rows, device=x.device) + window.start) % x.shape[0]
+    return (torch.arange(window.rows, device=device) + window.start) % batch
 
 
-def _placed(rows: Tensor, start: Tensor, alive: int | Tensor, like: Tensor) -> Tensor:
+def _placed(rows: Tensor, start: Tensor, alive: int | Tensor, batch: int) -> Tensor:
     """The first `alive` of the rows in their places in a batch, and zero elsewhere."""
-    position = positions(like, start)
+    position = positions(batch, start, rows.device)
     inside = (position < alive).view(-1, *[1] * (rows.dim() - 1))
     return torch.where(inside, rows.index_select(0, position.clamp(max=rows.shape[0] - 1)), 0)

@@ -114,7 +114,7 @@ class ResidualBlock(nn.Module):
         relu = self.ends_in_relu()
         if isinstance(b_l, Window):
             check_takes_rows([paper_rescaling.last_norm(self)])
-            b_l = simplified(b_l, x, one_value=max(x.shape[-2:]) <= self.stride)
+            b_l = simplified(b_l, x, x.shape[0], one_value=max(x.shape[-2:]) <= self.stride)
         if isinstance(b_l, Window):
             if isinstance(b_l.start, Tensor):
                 x, x_rows = fork_in_graph(x, b_l)

@@ -21,7 +21,7 @@ from ..core.scripting import become_plain
 from ..errors import one_line
 from ..files import written_whole
 from .network import StochasticDepthNet
-from .resnet_imagenet import StochasticResNet
+from .resnet_imagenet import ARCHITECTURES, StochasticResNet
 
 NO_PLAIN_CIFAR = (
     'timm has no architecture for the CIFAR nets: folded, they are the same class at drop_path_rate=0, which needs '
@@ -132,23 +132,25 @@ def export(
     checkpoint = read_checkpoint(path, use_ema)
     state_dict = {k: v for k, v in checkpoint.state_dict.items() if '.aux_bn.' not in k}  # training-only, of split-bn
     recorded = architecture or checkpoint.architecture
-    if recorded is not None and (architecture or ':' not in recorded):  # else it came from the Hub, or a folder
-        names = [_own_name(recorded)]
-    else:  # only ImageNet's nets have a fourth stage
-        names = timm.list_models(module='resnet_imagenet' if 'layer4.0.conv1.weight' in state_dict else 'resnet_cifar')
     args = {key: value for key, value in checkpoint.model_args.items() if not key.startswith('drop_path')}
+    known = recorded is not None and (bool(architecture) or ':' not in recorded)  # else from the Hub, or a folder
+    names = [_own_name(str(recorded))] if known else _names_by_depth(state_dict, args)
+    fitting = {}
     for name in names:
         try:
             with torch.device('meta'):  # at rate 0, where loading folds the survival probabilities in
                 model = build(name, state_dict, {**args, 'drop_path_rate': 0.0})
             model.load_state_dict(state_dict, assign=True)
-            break
+            fitting[name] = model
         except (RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
-            reason = one_line(error)
-    else:
-        if len(names) > 1:
-            raise ValueError(f"{path} fits none of this package's architectures ({', '.join(architectures())})")
-        raise ValueError(f'{path} is not a checkpoint of {names[0]}: {reason}')
+            if known:
+                raise ValueError(f'{path} is not a checkpoint of {name}: {one_line(error)}') from error
+    if not fitting:
+        raise ValueError(f"{path} fits none of this package's architectures, which timm.list_models('sd_*') lists")
+    if len(fitting) > 1:
+        which = ', '.join(fitting)
+        raise ValueError(f'architecture (--model) must be given: {path} fits {which}, which differ without weights')
+    ((name, model),) = fitting.items()
     save_tensors(model.state_dict(), out)
     if isinstance(model, StochasticResNet):
         name = name.removeprefix('sd_')
@@ -180,6 +182,15 @@ def build(name: str, state_dict: Mapping[str, Tensor], model_args: Mapping[str, 
         raise ValueError('the weights hold no conv1: they are not those of a ResNet')
     classes = state_dict['fc.weight'].shape[0] if 'fc.weight' in state_dict else 0
     return timm.create_model(name, **{**model_args, 'in_chans': stem.shape[1], 'num_classes': classes})
+
+
+def _names_by_depth(state_dict: Mapping[str, Tensor], model_args: Mapping[str, Any]) -> list[str]:
+    """Of the models with as many blocks in each stage; of all CIFAR nets where there is no fourth stage."""
+    if 'layer4.0.conv1.weight' not in state_dict:
+        return timm.list_models(module='resnet_cifar')
+    blocks = {tuple(key.split('.')[:2]) for key in state_dict if key.startswith('layer')}
+    layers = [sum(stage == name for stage, _ in blocks) for name in StochasticResNet.stage_names]
+    return [f'sd_{name}' for name, own in ARCHITECTURES.items() if [*{**own, **model_args}['layers']] == layers]
 
 
 def _own_name(architecture: str) -> str:

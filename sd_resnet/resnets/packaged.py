@@ -5,12 +5,14 @@ It is laid out like a Hub repository: `timm.create_model('sd_resnet32_cifar.fmni
 
 import inspect
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from timm.models import PretrainedCfg, adapt_input_conv, build_model_with_cfg, register_model
+from timm.models import PretrainedCfg, adapt_input_conv, build_model_with_cfg, get_pretrained_cfg_value, register_model
 from torch import Tensor, nn
 
+from ..core.private_api import adapt_model_from_file
 from .stages import StochasticFeatures
 
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
@@ -66,9 +68,10 @@ def build(model_cls: Any, variant: str, pretrained: bool, **kwargs: Any) -> Any:
     """timm's builder; where pretrained weights cannot be had, its error with one line on what to do."""
     features = dict(feature_cls=StochasticFeatures, out_indices=tuple(range(1 + len(model_cls.stage_names))))
     features.update(kwargs.pop('feature_cfg', None) or {})
+    create = partial(_pruned, model_cls, variant) if kwargs.pop('pruned', False) else model_cls
     try:
         return build_model_with_cfg(
-            model_cls, variant, pretrained, feature_cfg=features, pretrained_filter_fn=spread_stem, **kwargs
+            create, variant, pretrained, feature_cfg=features, pretrained_filter_fn=spread_stem, **kwargs
         )
     except OSError as error:
         if pretrained:
@@ -79,6 +82,14 @@ def build(model_cls: Any, variant: str, pretrained: bool, **kwargs: Any) -> Any:
             )
             error.args = (f'{error}\n{advice}',) if len(error.args) < 2 else error.args
         raise
+
+
+def _pruned(model_cls: Any, variant: str, **kwargs: Any) -> Any:
+    """timm keeps the widths under its own name of the architecture, where its builder would not look."""
+    model = model_cls(**kwargs)
+    name = variant.removeprefix('sd_')
+    model.pretrained_cfg = {'first_conv': get_pretrained_cfg_value(name, 'first_conv')}  # whose input stays as it is
+    return adapt_model_from_file(model, name)
 
 
 def spread_stem(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -1,15 +1,17 @@
 """ResNets for ImageNet: timm's own `ResNet` with blocks that skip, one entrypoint per model.
 
-The pretrained tags name weights on the Hub that were trained with stochastic depth and have the same layout: timm's
-"ResNet strikes back" recipes A1 and A2 (drop path 0.05, https://arxiv.org/abs/2110.00476).
+Every architecture that the installed timm builds of its class with its own blocks, with all of timm's tags. The default
+tag is one that was trained with stochastic depth, by the "ResNet strikes back" recipes A1, else A2 (drop path 0.05,
+https://arxiv.org/abs/2110.00476); where there is none, timm's own default.
 """
 
-from dataclasses import replace
+from copy import copy
 from typing import Any
 
-from timm.models import PretrainedCfg, generate_default_cfgs, get_arch_pretrained_cfgs, get_pretrained_cfg_value
+from timm.models import generate_default_cfgs, get_arch_pretrained_cfgs, get_pretrained_cfg_value, is_model, list_models
 from timm.models.resnet import ResNet
 
+from .architectures import blocks_of, recorded
 from .blocks import StochasticBasicBlock, StochasticBottleneck
 from .network import StochasticDepthNet
 from .packaged import entrypoint, released
@@ -25,54 +27,53 @@ class StochasticResNet(StochasticDepthNet, ResNet):
         super().__init__(block, layers, drop_path_rate=drop_path_rate, **kwargs)
 
 
-_BASIC: dict[str, Any] = dict(block=StochasticBasicBlock)
-_BOTTLENECK: dict[str, Any] = dict(block=StochasticBottleneck)
-_D: dict[str, Any] = dict(_BOTTLENECK, stem_width=32, stem_type='deep', avg_down=True)
+ARCHITECTURES: dict[str, dict[str, Any]] = {}  # by timm's name what builds it
 
-# Of each model of timm what it is, and what builds it
-_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    'resnet18': ('ResNet-18, L = 8 blocks.', dict(_BASIC, layers=(2, 2, 2, 2))),
-    'resnet34': ('ResNet-34, L = 16 blocks.', dict(_BASIC, layers=(3, 4, 6, 3))),
-    'resnet50': ('ResNet-50, L = 16 blocks.', dict(_BOTTLENECK, layers=(3, 4, 6, 3))),
-    'resnet101': ('ResNet-101, L = 33 blocks.', dict(_BOTTLENECK, layers=(3, 4, 23, 3))),
-    'resnet152': ("ResNet-152, L = 50 blocks, the paper's ImageNet net.", dict(_BOTTLENECK, layers=(3, 8, 36, 3))),
-    'resnet50d': ('ResNet-50-D: a deep stem, average pooling before the projections.', dict(_D, layers=(3, 4, 6, 3))),
-    'resnet101d': ('ResNet-101-D.', dict(_D, layers=(3, 4, 23, 3))),
-    'resnet152d': ('ResNet-152-D.', dict(_D, layers=(3, 8, 36, 3))),
-    'wide_resnet50_2': (
-        'Wide ResNet-50-2: twice the width inside each bottleneck.',
-        dict(_BOTTLENECK, layers=(3, 4, 6, 3), base_width=128),
-    ),
-    'resnext50_32x4d': (
-        'ResNeXt-50 32x4d: 32 groups of 4 channels in the 3x3 convolutions.',
-        dict(_BOTTLENECK, layers=(3, 4, 6, 3), cardinality=32, base_width=4),
-    ),
-}
+default_cfgs: dict[str, Any] = {}
+
+_OWN = {block.plain_class: block for block in (StochasticBasicBlock, StochasticBottleneck)}
+_TRAINED_WITH_IT = ('a1_in1k', 'a2_in1k')
 
 
-def _cfgs(variant: str) -> dict[str, PretrainedCfg]:
-    """Tags of `sd_<variant>`, with the preprocessing that timm's registry holds for the same weights; the first, or
-    the untagged one, is the default ('*'), whatever is released here."""
-    cfgs = get_arch_pretrained_cfgs(variant)
-    tags = [f'{variant}.{tag}' for tag in ('a1_in1k', 'a2_in1k') if f'{variant}.{tag}' in cfgs]
-    if not tags:  # no weights trained with stochastic depth
-        plain = cfgs[f'{variant}.{get_pretrained_cfg_value(variant, "tag")}']
-        return {f'sd_{variant}.*': replace(plain, url='', hf_hub_id=None, tag=None)}
-    return {
-        f'sd_{name}{"*" * (name == tags[0])}': replace(
-            cfgs[name], url='', hf_hub_id=f'timm/{name}', hf_hub_filename='model.safetensors'
-        )
-        for name in tags
-    }
+def register_architecture(name: str) -> bool:
+    """Register timm's model `name`, without tag, as `sd_<name>`, if it is a `ResNet` of timm's own blocks.
+
+    It may be anybody's that is registered with timm. All of its tags come with it.
+
+    Returns:
+        Is `sd_<name>` a network of this module now? False where the entrypoint builds something else, or does more than
+        to build, and where the name is taken.
+    """
+    if name in ARCHITECTURES or is_model(f'sd_{name}'):
+        return name in ARCHITECTURES
+    args = recorded(name)
+    if args is None:
+        return False
+    blocks = tuple(_OWN[block] for block in blocks_of(args))
+    ARCHITECTURES[name] = {**args, 'block': blocks if len(blocks) > 1 else blocks[0]}
+    default_cfgs.update(generate_default_cfgs(_cfgs(name)))
+    text = f"timm's `{name}`, L = {sum(args['layers'])} blocks, with stochastic depth."
+    globals()[f'sd_{name}'] = entrypoint(__name__, StochasticResNet, f'sd_{name}', text, **ARCHITECTURES[name])
+    return True
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        **released(*(f'sd_{variant}' for variant in _VARIANTS)),
-        **{name: cfg for variant in _VARIANTS for name, cfg in _cfgs(variant).items()},
-    }
-)
+def _cfgs(name: str) -> dict[str, Any]:
+    """What is released here, and all of timm's tags, the default marked; what timm has on the Hub comes from there."""
+    cfgs = get_arch_pretrained_cfgs(name)
+    tags = [f'{name}.{tag}' for tag in (*_TRAINED_WITH_IT, get_pretrained_cfg_value(name, 'tag'))]
+    default = next((tag for tag in tags if tag in cfgs), name)
+    found: dict[str, Any] = {tag: cfg for tag, cfg in _RELEASED.items() if tag.startswith(f'sd_{name}.')}
+    for tag, cfg in cfgs.items():
+        mark = '' if tag != default else '*' if '.' in tag else '.*'
+        found[f'sd_{tag}{mark}'] = cfg
+        if cfg.hf_hub_id == f'timm/{tag}':
+            found[f'sd_{tag}{mark}'] = cfg = copy(cfg)
+            cfg.url, cfg.hf_hub_filename = '', 'model.safetensors'
+    return found
 
 
-for _name, (_text, _args) in _VARIANTS.items():
-    globals()[f'sd_{_name}'] = entrypoint(__name__, StochasticResNet, f'sd_{_name}', _text, **_args)
+_NAMES = list_models(module='resnet')
+_RELEASED = released(*(f'sd_{name}' for name in _NAMES))
+
+for _name in _NAMES:
+    register_architecture(_name)

@@ -1,10 +1,15 @@
 """The table a user plans a training by: FLOPs, parameters, expected depth and share."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
 
-from sd_resnet.analysis.costs import cost_table, network_cost
+import sd_resnet
+from sd_resnet.analysis.costs import cost_table, model_cost, network_cost
+
+from ..faults.observed import Residual, Tiny
 
 
 @pytest.mark.parametrize(('name', 'share'), [('sd_resnet50', 0.763), ('sd_resnet101', 0.758), ('sd_resnet152', 0.755)])
@@ -23,6 +28,37 @@ def test_counts_agree_with_the_layers_shapes():
     assert cost.blocks[1].shortcut_flops == 0
     assert [b.name for b in cost.blocks][:4] == ['layer1.0', 'layer1.1', 'layer1.2', 'layer2.0']
     assert cost.expected_depth == 11.75
+
+
+@pytest.mark.parametrize('mode', ['subset', 'batch', 'row'])
+def test_what_a_drop_saves_is_told_from_what_is_always_computed(mode):
+    """Of converted networks too; own and converted ones of the same layers have the same costs."""
+    with torch.device('meta'):
+        model = timm.create_model('resnet50')
+    sd_resnet.convert(model, 0.5, 'linear', mode)
+    cost, own = model_cost(model, 64), network_cost('sd_resnet50', 64)
+    assert cost == replace(own, architecture='resnet50')
+
+
+class Positional(Residual):
+    """Its convolution in front of the branch is computed for all rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.position = torch.nn.Conv2d(8, 8, 3, padding=1, groups=8)
+
+    def forward(self, x):
+        return super().forward(x + self.position(x))
+
+
+def test_what_lies_in_a_block_beside_its_branch_is_always_computed():
+    """A network of somebody's own: no drop saves its positional convolution."""
+    model = Tiny(Positional)
+    sd_resnet.convert(model, 0.4, 'uniform', input_size=(3, 32, 32))
+    cost = model_cost(model)
+    assert cost.image_size == 32
+    assert [(b.branch_flops, b.shortcut_flops) for b in cost.blocks] == [(2 * 16 * 9 * 64, 2 * 16 * 9 * 8)] * 3
+    assert cost.architecture == 'Tiny'
 
 
 def test_rate_and_schedule_change_probabilities_alone():

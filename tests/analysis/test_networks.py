@@ -51,6 +51,26 @@ def test_a_wrong_name_is_refused_before_weights_are_looked_for(fashion):
         evaluate('resnet18x', fashion)
 
 
+@pytest.mark.parametrize('name', ['test_vit', 'test_resnet', 'swin_tiny_patch4_window7_224'])
+def test_what_each_branch_ran_is_told(name):
+    """Five images at p 0.6: three rows of each branch, of one that is used twice too; else a record states no share."""
+    model, x = build(name)
+    convert(model, x, mode='subset')
+    told, network = [], network_of(model)
+    network.on_forward(told.append)
+    for training in (True, True, False):
+        model.train(training)(x)
+    drops = [3 / 5] * len(network.drop_paths)
+    assert told == [pytest.approx(drops), pytest.approx(drops), [1.0] * len(drops)]
+
+
+def test_blocks_that_change_the_shape_are_known_in_a_converted_network():
+    """Cut out, they would leave a network that does not run."""
+    model, x = build('resnetv2_18')
+    convert(model, x)
+    assert network_of(model).fixed == {2, 4, 6}
+
+
 @pytest.mark.parametrize('kind', ['own', 'converted'])
 def test_what_each_pass_ran_is_told(kind):
     if kind == 'own':

@@ -16,6 +16,7 @@ import sd_resnet
 from sd_resnet.analysis import datasets, pruning
 from sd_resnet.analysis.costs import count_flops
 from sd_resnet.analysis.evaluation import measure, open_images
+from sd_resnet.analysis.networks import network_of
 from sd_resnet.analysis.pruning import check_savable, load, prune, save, update_bn
 from sd_resnet.cli import main as cli
 from sd_resnet.converted.convert import converted_blocks
@@ -112,7 +113,7 @@ def test_what_timm_cannot_build_smaller_is_refused_before_the_search(name, tmp_p
     model, x = build(name)
     convert(model, x)
     with pytest.raises(ValueError, match='cannot be written'):
-        save(sd_resnet.subnetwork(model, keep=[0]), tmp_path / 'out')
+        save(sd_resnet.subnetwork(model, keep=sorted({0, *network_of(model).fixed})), tmp_path / 'out')
     monkeypatch.setattr(pruning, 'load', lambda source: model)
     monkeypatch.delattr(pruning, 'prune')
     assert cli.main(['prune', 'it', '--data', 'nowhere', '--out', str(tmp_path / 'out')]) == 1

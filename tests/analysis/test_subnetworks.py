@@ -13,7 +13,7 @@ from sd_resnet.converted.convert import converted_blocks
 
 from ..conftest import images, make
 from ..converted.test_convert import build, convert
-from ..converted.test_search import Net
+from ..faults.observed import Residual
 
 
 def test_the_rest_of_a_resnet_is_timms_own_with_fewer_layers(tmp_path, monkeypatch):
@@ -32,6 +32,14 @@ def test_the_rest_of_a_resnet_is_timms_own_with_fewer_layers(tmp_path, monkeypat
         if index not in keep:
             monkeypatch.setattr(block, 'forward', lambda x: x)
     torch.testing.assert_close(small(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_rest_of_a_network_that_timm_has_pruned_is_not_what_fewer_layers_build():
+    """Each of its blocks has widths of its own, which timm would give to the wrong ones."""
+    model = timm.create_model('sd_ecaresnet50d_pruned')
+    small = sd_resnet.subnetwork(model, keep=[0, 2, 3, 4, 7, 8, 13, 14])
+    assert not hasattr(small, '_model_args')
+    assert small.eval()(images(2)).shape == (2, 1000)
 
 
 def test_the_rest_of_a_cifar_net_is_the_same_class_at_rate_0(tmp_path):
@@ -103,9 +111,9 @@ def test_a_network_of_another_kind_is_refused():
 
 def test_a_network_that_is_not_timms_is_cut_too(tmp_path):
     """It has no configuration."""
-    model = torch.nn.Sequential(Net('shortcut'), *(Net('shortcut').block for _ in range(2)))
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), *(Residual() for _ in range(3)))
     convert(model, x := torch.randn(5, 3, 8, 8))
     small = sd_resnet.subnetwork(model.eval(), keep=[0, 2])
-    assert torch.equal(small(x), model[2](model[0](x)))
+    assert torch.equal(small(x), model[3](model[1](model[0](x))))
     with pytest.raises(ValueError, match='cannot be written'):
         save(small, tmp_path / 'out')

@@ -1,9 +1,11 @@
 """Step times over models and rates. No test looks at a time that was measured."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from sd_resnet.analysis.costs import network_cost
 from sd_resnet.bench import measure, report
 from sd_resnet.bench.measure import CONSTANT_DEPTH, TIMM, Contestant, Race
 from sd_resnet.cli import main as cli
@@ -42,10 +44,16 @@ def _measured_is_wrong(monkeypatch):
 
 
 @pytest.mark.usefixtures('_measured_is_wrong')
-def test_a_network_that_drops_nothing_at_these_rates_is_refused_before_anything_is_measured(capsys):
+def test_a_network_that_drops_nothing_at_these_rates_is_refused_before_anything_is_measured(capsys, monkeypatch):
     """Its only block comes first, which timm's rule never drops: there would be no saving to divide by."""
-    assert cli.main(['bench', '--model', 'sd_test_resnet', '--size', '32', '--rates', '0.2']) == 1
-    assert "must have blocks that drop at rate 0.2 and this schedule, got 'sd_test_resnet'" in one_line(capsys)
+
+    def first_alone(*args):
+        cost = network_cost(*args)
+        return replace(cost, blocks=cost.blocks[:1])
+
+    monkeypatch.setattr(measure, 'network_cost', first_alone)
+    assert cli.main(['bench', '--model', 'sd_test_vit', '--size', '32', '--rates', '0.2']) == 1
+    assert "must have blocks that drop at rate 0.2 and this schedule, got 'sd_test_vit'" in one_line(capsys)
 
 
 def race_at(rate, share, median):
@@ -89,7 +97,7 @@ def test_rates_that_cannot_be_compared_are_refused_before_anything_is_measured(r
 @pytest.mark.parametrize(
     ('flags', 'nearest'),
     [
-        (['--model', 'sd_convnext_atto', 'sd_vgg'], 'sd_convnext_large'),
+        (['--model', 'sd_convnext_atto', 'sd_convnext_larg'], 'sd_convnext_large'),
         (['--model', 'sd_resnet18', '--others', 'resnet5'], 'resnet50'),
     ],
 )

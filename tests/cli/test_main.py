@@ -72,7 +72,7 @@ def test_wrong_usage_exits_with_2(argv, capsys):
         (['info', 'resnet50'], 'model must be sd_resnet50'),
         (['info', 'sd_nothing'], "got 'sd_nothing'"),
         (['info', 'sd_vgg11', '--drop-path', '0.3'], "must be a network with a drop path, got 'sd_vgg11'"),
-        (['info', 'sd_vgg11'], 'VGG has no residual block that can be skipped'),
+        (['info', 'sd_vgg11'], "must be a network with a drop path, got 'sd_vgg11'"),
         (['info', 'sd_resnet18', '--drop-path', '1'], 'drop_path_rate must be in [0, 1), got 1.0'),
         (['info', 'sd_resnet18', '--schedule', '1,0.5,0.2'], 'drop_path_schedule must be one of'),
         (['info', 'sd_resnet18', '--schedule', 'cosine'], "got 'cosine'"),
@@ -90,6 +90,24 @@ def test_an_error_is_one_line_with_the_reason_and_exit_1(argv, reason, capsys):
 def test_debug_shows_the_traceback():
     with pytest.raises(ValueError, match='model must be'):
         cli.main(['info', 'resnet50', '--debug'])
+
+
+@pytest.mark.parametrize(
+    ('given', 'drop_path', 'default'),
+    [
+        ('sd_caformer_s18', 'rate 0.15, schedule timm, mode subset', '0.15: MetaFormer baselines, arXiv 2210.13452'),
+        ('sd_test_convnext', 'rate 0.1, schedule timm, mode subset', '0.1: none published that we know of'),
+        ('sd_resnet18', 'rate 0.5, schedule linear, mode batch', '0.5: Huang et al., arXiv 1603.09382'),
+        ('sd_resnet18 --drop-path 0.2 --schedule uniform', 'rate 0.2, schedule uniform, mode batch', '0.5: Huang'),
+        ('sd_resnet18 --schedule 1,0.7', 'rate up to 0.3, schedule [1.0, 0.7], mode batch', '0.5: Huang'),
+    ],
+)
+def test_info_says_how_it_drops_and_where_the_default_comes_from(given, drop_path, default, capsys):
+    """Else who says nothing of the rate would not know what he trains with."""
+    assert cli.main(['info', *given.split()]) == 0
+    said = capsys.readouterr().out
+    assert f'drop path                 {drop_path}\n' in said
+    assert f'the default rate          {default}' in said
 
 
 def test_info_prints_the_table(capsys):
@@ -127,7 +145,7 @@ def test_info_draws_a_picture_too(tmp_path, capsys):
     assert written == f'{tmp_path / "picture.png"}\n'
 
 
-@pytest.mark.parametrize('name', ['sd_resnet20_cifar', 'sd_resnet18'])
+@pytest.mark.parametrize('name', ['sd_resnet20_cifar', 'sd_resnet34'])
 def test_export_says_how_to_load(name, tmp_path, capsys):
     """Grey images and five classes, which timm's networks do not have by themselves."""
     model = make(name, full=True, in_chans=1, num_classes=5)

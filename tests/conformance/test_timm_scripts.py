@@ -28,6 +28,8 @@ MODEL = 'sd_resnet20_cifar'
 CONVERTED = {
     'sd_vit_tiny_patch16_224': 'img_size=32 embed_dim=32 depth=3 num_heads=2',
     'sd_convnext_atto': 'depths=(1,1,2,1) dims=(8,8,16,16)',
+    'sd_regnety_002': 'depth=5 w0=8 wa=8.0 wm=1.5 group_size=8',
+    'sd_swin_tiny_patch4_window7_224': 'img_size=32 window_size=4 embed_dim=8 depths=(1,2) num_heads=(2,2)',
 }
 COMMON = [
     '--num-classes',
@@ -126,7 +128,10 @@ LINEAR = pytest.approx([1 - l / 9 * 0.5 for l in range(1, 10)])
     ids=lambda value: value if isinstance(value, str) else '',
 )
 def test_train(digits, tmp_path, flags, probs):
-    checkpoint = _train(digits, tmp_path, *flags.split())
+    """Under test-time rescaling the checkpoint says what the script's flags have made of the probabilities."""
+    flags, _, kwargs = flags.partition('--model-kwargs')
+    kwargs = ['--model-kwargs', *(kwargs.split() or []), *([] if 'rescale' in kwargs else ['drop_path_rescale=test'])]
+    checkpoint = _train(digits, tmp_path, *flags.split(), *kwargs)
     assert _probs(checkpoint) == probs
     model = timm.create_model(MODEL, num_classes=10, checkpoint_path=str(tmp_path / 'run' / 'last.pth.tar'))
     assert not torch.equal(model.conv1.weight, timm.create_model(MODEL).conv1.weight)
@@ -141,7 +146,7 @@ def test_train_with_split_batchnorm(digits, tmp_path):
 
 
 def test_train_an_imagenet_network(digits, tmp_path):
-    checkpoint = _train(digits, tmp_path, model='sd_resnet18')
+    checkpoint = _train(digits, tmp_path, '--model-kwargs', 'drop_path_rescale=test', model='sd_resnet18')
     assert _probs(checkpoint) == pytest.approx([1 - l / 16 for l in range(1, 9)])
 
 
@@ -158,7 +163,7 @@ def test_fine_tuning_from_an_own_checkpoint_to_other_classes(digits, tmp_path):
     checkpoint = _train(three, tmp_path / 'second', *flags)
     assert checkpoint['state_dict']['fc.weight'].shape[0] == 3
     trained = timm.create_model(MODEL, num_classes=10, checkpoint_path=str(source)).state_dict()
-    # p_L went from 0.3 to 0.5: the last norms are rescaled by p_checkpoint / p_model
+    # p_L went from 0.3 to 0.5: that changes nothing in the weights
     tuned = checkpoint['state_dict']['layer3.2.bn2.weight']
     torch.testing.assert_close(tuned, trained['layer3.2.bn2.weight'], rtol=1e-4, atol=1e-6)
 

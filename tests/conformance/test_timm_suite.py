@@ -1,7 +1,8 @@
 """timm's own model tests, of the installed version, over this package's models: who uses timm's API must not notice.
 
 The tests are in timm's source distribution, not in its wheel, and are fetched when needed. By default the smaller
-models are tested; SD_RESNET_TEST_ALL=1 tests all of them, a few in each process, because timm's tests keep memory.
+models are tested; SD_RESNET_TEST_ALL=1 tests all own ones and a converted one of each of timm's classes, a few in each
+process, because timm's tests keep memory.
 """
 
 import os
@@ -14,12 +15,15 @@ from pathlib import Path
 import pytest
 import timm
 
+from docs import coverage
+
 pytest.importorskip('expecttest', reason="timm's tests need expecttest")
 
 DEFAULT = ['sd_resnet18', 'sd_resnet50', 'sd_resnet50d', 'sd_resnet20_cifar', 'sd_resnet56_cifar']
 CONVERTED = ['sd_vit_tiny_patch16_224', 'sd_convnext_atto']
 EVERYTHING = os.environ.get('SD_RESNET_TEST_ALL') == '1'
-NAMES = timm.list_models('sd_*')
+OF_CLASSES = {f'sd_{record["name"]}' for record in coverage.smallest(coverage.read()[1]).values()}
+NAMES = sorted({*timm.list_models(module=('resnet_imagenet', 'resnet_cifar')), *OF_CLASSES & {*timm.list_models()}})
 GROUPS = [NAMES[i : i + 4] for i in range(0, len(NAMES), 4)] if EVERYTHING else [DEFAULT + CONVERTED]
 # forward, backward, default_cfgs, torchscript, features, intermediates (2), fx forward, fx backward, fx torchscript
 TESTS_PER_MODEL = 10

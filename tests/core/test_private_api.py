@@ -22,6 +22,7 @@ def test_every_private_name_is_there():
     assert torch._C._functorch.TransformType.Vmap
     assert isinstance(torch.autograd.forward_ad._current_level, int)
     assert (private_api._top_hooks is not None) == NEWER
+    assert callable(private_api.adapt_model_from_file)
     module = nn.Module()
     assert all(hasattr(module, name) for name in private_api._HOOKS)
     assert module._replicate_for_data_parallel()._is_replica

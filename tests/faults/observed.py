@@ -14,6 +14,7 @@ import re
 import timm
 import torch
 from timm.layers import DropPath
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -120,11 +121,16 @@ def plain_resnet(**kwargs):
 
 def own(mode='batch', layers=(2, 2, 2, 2), **kwargs):
     """`sd_resnet18`, narrow."""
-    plain = plain_resnet(layers=layers)
+    return own_kind('resnet18', {'layers': layers}, mode, **kwargs)
+
+
+def own_kind(name, shape, mode='batch', **kwargs):
+    """Any of timm's ResNets, narrow."""
+    plain = make(name, **shape)
     options = {'drop_path_rate': RATE, 'drop_path_schedule': 'uniform', 'drop_path_rescale': 'train', **kwargs}
-    model = make('sd_resnet18', drop_path_mode=mode, layers=layers, **options)
+    model = make(f'sd_{name}', drop_path_mode=mode, **shape, **options)
     model.load_state_dict(plain.state_dict(), strict='drop_path_ramp' not in kwargs)
-    return Case(model, plain, timm.models.resnet.BasicBlock, ['drop_path'])
+    return Case(model, plain, (BasicBlock, Bottleneck), ['drop_path'])
 
 
 def own_end(mode='batch'):
@@ -199,14 +205,17 @@ def observe(case, x, kept=1 / P, model=None):
         block = case.model.get_submodule(name.removesuffix('._orig_mod'))
         hooks.append(
             block.register_forward_pre_hook(
-                lambda m, args, name=name: seen.setdefault(name, [args[0].detach().clone()]) and None,
+                lambda m, args, kwargs, name=name: (
+                    seen.setdefault(name, [args[0].detach().clone(), args[1:], plain_kwargs(kwargs)]) and None
+                ),
                 prepend=True,  # other hooks belong to the block
+                with_kwargs=True,
             )
         )
         hooks.append(
             block.register_forward_hook(
                 lambda m, args, out, name=name: (
-                    seen[name].append(out.detach().clone()) if len(seen[name]) == 1 else None
+                    seen[name].append(first(out).detach().clone()) if len(seen[name]) == 3 else None
                 )
             )
         )
@@ -223,7 +232,17 @@ def observe(case, x, kept=1 / P, model=None):
     return Step(out, factors)
 
 
-def factors_of(block, slots, x, out, kept=1 / P):
+def plain_kwargs(kwargs):
+    """Without what an own network hands its blocks."""
+    return {name: value for name, value in kwargs.items() if name not in ('drawn', 'after_relu')}
+
+
+def first(out):
+    """Of a block that returns a tuple, what the next one takes."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+def factors_of(block, slots, x, args, kwargs, out, kept=1 / P):
     """What each row of each branch was multiplied by, (N, branches); (N, 1) where all drop as one."""
     inner = getattr(block, '_orig_mod', block)
     before = {slot: getattr(inner, slot) for slot in slots}
@@ -233,7 +252,7 @@ def factors_of(block, slots, x, out, kept=1 / P):
         with torch.no_grad():
             for choice in choices:
                 put(inner, slots, choice)
-                distances.append((inner(x.clone()) - out).flatten(1).abs().amax(1))
+                distances.append((first(inner(x.clone(), *args, **kwargs)) - out).flatten(1).abs().amax(1))
     finally:
         for slot, module in before.items():
             setattr(inner, slot, module)
@@ -241,7 +260,7 @@ def factors_of(block, slots, x, out, kept=1 / P):
     if best.values.max() < CLOSE:
         return torch.tensor(choices, dtype=x.dtype)[best.indices]
     with torch.no_grad():  # several branches that drop as one
-        branches = inner(x.clone()) - x
+        branches = first(inner(x.clone(), *args, **kwargs)) - x
         distances = [(x + factor * branches - out).flatten(1).abs().amax(1) for factor in (0.0, kept)]
     best = torch.stack(distances).min(0)
     assert best.values.max() < CLOSE, 'a row is neither the shortcut nor the shortcut and the scaled branch'
@@ -269,7 +288,9 @@ def replay(case, factors, x):
 
 def _as_one(forward, factor):
     def scaled(x, *args, **kwargs):
-        return x + Times(factor)(forward(x, *args, **kwargs) - x)
+        out = forward(x, *args, **kwargs)
+        y = x + Times(factor)(first(out) - x)
+        return (y, *out[1:]) if isinstance(out, tuple) else y
 
     return scaled
 

@@ -306,7 +306,7 @@ class TestExport:
             torch.testing.assert_close(plain.eval()(x), copy.deepcopy(reference).eval()(x), rtol=1e-4, atol=1e-4)
         assert os.listdir(tmp_path) == ['out.safetensors']
 
-    @pytest.mark.parametrize('name', ['sd_resnet18', 'sd_resnet50d', 'sd_resnext50_32x4d', 'sd_resnet20_cifar'])
+    @pytest.mark.parametrize('name', ['sd_resnet34', 'sd_resnet50t', 'sd_resnext50_32x4d', 'sd_resnet20_cifar'])
     def test_the_architecture_of_a_bare_safetensors_file_is_found(self, name, tmp_path):
         model = make(name, full=True, **LETTER)
         save_file(model.state_dict(), tmp_path / 'in.safetensors')
@@ -328,27 +328,36 @@ class TestExport:
         assert _agree(plain, model)
 
     def test_a_network_that_came_from_the_hub_is_known_by_its_tensors(self, tmp_path):
-        model = make('sd_resnet18', full=True)
-        args = argparse.Namespace(model='hf-hub:me/sd_resnet18.mine', gp=None, model_kwargs={})
+        model = make('sd_seresnet18', full=True)
+        args = argparse.Namespace(model='hf-hub:me/sd_seresnet18.mine', gp=None, model_kwargs={})
         torch.save({'state_dict': model.state_dict(), 'args': args}, tmp_path / 'in.pth')
-        assert export(tmp_path / 'in.pth', tmp_path / 'out.safetensors') == ('resnet18', {'num_classes': 10})
+        assert export(tmp_path / 'in.pth', tmp_path / 'out.safetensors') == ('seresnet18', {'num_classes': 10})
+
+    def test_an_architecture_is_not_guessed_where_others_have_the_same_tensors(self, tmp_path):
+        """`resnetblur18` has those of `resnet18`, and would give other outputs."""
+        save_file(make('sd_resnetblur18', full=True).state_dict(), tmp_path / 'in.safetensors')
+        with pytest.raises(ValueError, match=r'architecture \(--model\) must be given: .* sd_resnet18, sd_resnetb'):
+            export(tmp_path / 'in.safetensors', tmp_path / 'out.safetensors')
+        assert not (tmp_path / 'out.safetensors').exists()
+        done = export(tmp_path / 'in.safetensors', tmp_path / 'out.safetensors', architecture='resnetblur18')
+        assert done == ('resnetblur18', {'num_classes': 10})
 
     def test_prefixes_and_training_only_norms_are_dropped(self, tmp_path):
-        model = make('sd_resnet18', full=True)
+        model = make('sd_resnet34', full=True)
         state = convert_splitbn_model(copy.deepcopy(model), 2).state_dict()
         torch.save({'state_dict': {f'module.{k}': v for k, v in state.items()}}, tmp_path / 'ddp.pth')
         export(tmp_path / 'ddp.pth', tmp_path / 'out.safetensors')
-        plain = timm.create_model('resnet18', num_classes=10)
+        plain = timm.create_model('resnet34', num_classes=10)
         plain.load_state_dict(load_file(tmp_path / 'out.safetensors'))
         assert _agree(plain, model)
 
     def test_a_checkpoint_of_another_architecture_is_refused(self, tmp_path):
-        torch.save(make('resnet26', full=True).state_dict(), tmp_path / 'other.pth')
+        torch.save(timm.create_model('res2net50_14w_8s').state_dict(), tmp_path / 'other.pth')
         with pytest.raises(ValueError, match="fits none of this package's architectures"):
             export(tmp_path / 'other.pth', tmp_path / 'out.safetensors')
         with pytest.raises(ValueError, match=r'is not a checkpoint of sd_resnet50: .*Missing key'):
             export(tmp_path / 'other.pth', tmp_path / 'out.safetensors', architecture='resnet50')
-        with pytest.raises(ValueError, match=r"architecture must be .*, for example sd_resnet.*, got 'vit'"):
+        with pytest.raises(ValueError, match=r"architecture must be .*, for example sd_\w+, .*, got 'vit'"):
             export(tmp_path / 'other.pth', tmp_path / 'out.safetensors', architecture='vit')
         save_file({'a': torch.ones(1)}, tmp_path / 'tiny.safetensors')
         with pytest.raises(ValueError, match='fits none'):

@@ -5,8 +5,16 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
+import sd_resnet
 from sd_resnet.analysis.costs import count_flops
-from sd_resnet.converted.search import search
+from sd_resnet.converted.trial import copy_without_data, find_slots
+from sd_resnet.converted.units import find_units
+
+
+def search(model, input_size):
+    """The units, and the reasons by the names of drop paths."""
+    found, left = find_units(copy_without_data(model), input_size, list(find_slots(model)))
+    return found, {slot.path: reason for slot, reason in left.items()}
 
 
 class Block(nn.Module):
@@ -57,7 +65,8 @@ class Net(nn.Module):
 @pytest.mark.parametrize('kind', ['shortcut', 'scaled shortcut', 'position first', 'turned'])
 def test_blocks_with_a_shortcut_are_found(kind):
     (block,), left = search(Net(kind), (3, 8, 8))
-    assert (block.name, block.rate, block.activation, left) == ('block', 0.3, None, {})
+    assert (block.name, block.activation, left) == ('block', None, {})
+    assert [(slot.path, slot.rate) for slot in block.slots] == [('block.drop_path', 0.3)]
     assert block.identity == (kind in ('shortcut', 'turned'))
 
 
@@ -66,7 +75,6 @@ def test_blocks_with_a_shortcut_are_found(kind):
     [
         ('drop path not used', 'never used'),
         ('no shortcut', 'by a shortcut'),
-        ('projection', 'by a shortcut'),
         ('norm after', 'by a shortcut'),
         ('gate', 'by a shortcut'),
         ('silu', 'by a shortcut'),
@@ -79,7 +87,7 @@ def test_blocks_with_a_shortcut_are_found(kind):
 def test_others_are_left_alone_with_the_reason(kind, reason):
     found, left = search(Net(kind), (3, 8, 8))
     assert not found
-    assert reason in left['block']
+    assert reason in left['block.drop_path']
 
 
 @pytest.mark.parametrize(('kind', 'activation'), [('relu', ''), ('relu module', 'act'), ('scaled relu', '')])
@@ -87,6 +95,12 @@ def test_a_relu_at_the_end_is_seen(kind, activation):
     (block,), _ = search(Net(kind, nn.ReLU), (3, 8, 8))
     assert block.activation == activation
     assert block.identity == (kind != 'scaled relu')
+
+
+def test_a_shortcut_of_modules_is_a_projection():
+    """Batch mode runs it where it drops the rest."""
+    (block,), left = search(Net('projection'), (3, 8, 8))
+    assert (block.name, block.projection, block.identity, left) == ('block', ('other',), True, {})
 
 
 def test_nothing_is_touched():
@@ -125,4 +139,4 @@ def test_what_is_no_network_of_images_is_named():
     with pytest.raises(
         RuntimeError, match=r'Block could not be tried on images of 3 x 8 x 8, .* whole network is needed'
     ):
-        search(Block('shortcut'), (3, 8, 8))
+        sd_resnet.convert(Block('shortcut'), input_size=(3, 8, 8))
