@@ -73,6 +73,8 @@ def test_a_compiled_step_that_fails_leaves_no_rows_behind():
     compiled(x)
     with pytest.raises(RuntimeError, match='out of memory'):
         compiled(x)
+    block, tokens = model.blocks[0], torch.ones(5, 4, 64)
+    assert block.norm1(tokens).shape == block.drop_path1(tokens).shape == tokens.shape  # called alone
     assert model(x[:3]).shape[0] == 3
     assert len({model(x).sum().item() for _ in range(6)}) > 3
 
