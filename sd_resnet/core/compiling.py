@@ -5,6 +5,7 @@ limit of recompilations per code object is reached and the frame runs uncompiled
 out of the compiler, and what they call is compiled frame by frame.
 """
 
+import itertools
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -16,9 +17,13 @@ from torch import nn
 from .refusals import check_exportable
 
 
+_count = itertools.count()
+
+
 def with_own_code(function: Any) -> Any:
     """The same function with a code object of its own, by which the compiler knows a function."""
-    code, name = function.__code__.replace(), function.__name__
+    name = f'{function.__name__}_{next(_count)}'
+    code = function.__code__.replace(co_name=name)
     copy = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
     copy.__kwdefaults__, copy.__annotations__ = function.__kwdefaults__, function.__annotations__
     return copy

@@ -118,7 +118,8 @@ class ResidualBlock(nn.Module):
         if isinstance(b_l, Window):
             if isinstance(b_l.start, Tensor):
                 x, x_rows = fork_in_graph(x, b_l)
-                return self.activate(join_in_graph(self.shortcut(x), self.branch(x_rows), b_l, factor))
+                out = join_in_graph(self.shortcut(x), self.branch(x_rows), b_l, factor, relu)
+                return out if relu else self.activate(out)
             return self._forward_rows(x, b_l, factor, after_relu and relu, part)
         if isinstance(b_l, Tensor):
             return part('activate')(part('masked_sum')(x, b_l, factor))

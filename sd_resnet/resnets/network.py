@@ -161,7 +161,7 @@ class StochasticDepthNet(nn.Module):
 
     def _stages(self, x: Tensor, taken: Sequence[int], last: int | None) -> tuple[Any, list[Any]]:
         run, draws = runner(self), self.draw(x)
-        stem, x = self.forward_stem(x)
+        stem, x = self.forward_stem(x, 0 in taken)
         features = [stem] if 0 in taken else []
         for index, name in enumerate(self.stage_names[:last], start=1):
             stage = getattr(self, name)
@@ -178,13 +178,14 @@ class StochasticDepthNet(nn.Module):
         ramped = self.training and self.drop_path_ramp is not None
         return ramped or any(block.runs_outside_compiler() for block in self.blocks())
 
-    def forward_stem(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The stem's feature, and what the first stage is given."""
+    def forward_stem(self, x: Tensor, taken: bool = False) -> tuple[Tensor | None, Tensor]:
+        """The stem's feature, if it is taken, and what the first stage is given."""
         if torch.compiler.is_compiling() and x.device.type == 'cpu' and self.runs_outside_compiler():
             # Compiled convolutions are computed so on a CPU: each of the many graphs would convert at its borders
             x = x.contiguous(memory_format=torch.channels_last)
         stem = self.act1(self.bn1(self.conv1(x)))
-        return stem, self.maxpool(stem)
+        # What a graph gives out has a gradient to come in: a pass over the largest feature, and a mask kept for it
+        return stem if taken else None, self.maxpool(stem)
 
     def forward_intermediates(
         self,
