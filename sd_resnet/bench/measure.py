@@ -1,4 +1,4 @@
-"""Step times and memory of stochastic depth beside what else timm's users have: a race for each model and rate.
+"""Step times and memory of stochastic depth beside timm's drop path: a race for each model, rate, batch and size.
 
 Its contestants take turns, step by step in one process, so that a noisy machine hits them alike.
 """
@@ -6,7 +6,7 @@ Its contestants take turns, step by step in one process, so that a noisy machine
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import chain, product
 from timeit import timeit
 from typing import Any
 
@@ -14,141 +14,197 @@ import timm
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
 from tqdm import tqdm
 
 from ..analysis.costs import NetworkCost, network_cost, size_args
-from ..analysis.networks import check_name, network_of
+from ..analysis.networks import network_of
 from ..converted.trial import find_slots
 from ..core.drop_path import StochasticDepth
 from ..core.refusals import MODES
 from ..core.schedules import Schedule
 
 CONSTANT_DEPTH = 'constant depth'
-TIMM, TORCHVISION = "timm's drop_path_rate", "torchvision's stochastic_depth"
-PEERS = {'timm': TIMM, 'torchvision': TORCHVISION}
-WARMUP = 3  # steps that are not counted
-COMPILED_WARMUP = 20  # until nearly every block was seen kept and dropped
+TIMM = "timm's drop_path_rate"
+WARMUP = 3  # rounds that are not counted
+LONG_WARMUP = 20  # of compiled or CUDA steps: until nearly every block was seen kept and dropped, in every shape
 
 
 @dataclass
 class Settings:
-    """What is measured; a ValueError where `precision`, `rates` or `steps` is not allowed."""
+    """What is measured: each combination of model, batch, size and rate in a race of its own.
+
+    Raises:
+        ValueError: A value is not allowed, or is given twice.
+    """
 
     models: tuple[str, ...] = ('sd_resnet50',)  # architectures of this package, or timm's under `sd_` names
-    rates: tuple[float, ...] = (0.5,)  # 1 - p_L, each in a race of its own
-    batch: int = 16  # images of a step
-    size: int | None = None  # their height and width in pixels; None is the architecture's own
-    steps: int = 60  # counted ones of each contestant
-    precision: str = 'float32'  # or 'bfloat16' or 'float16' for autocast
+    rates: tuple[float, ...] = (0.5,)  # 1 - p_L
+    batches: tuple[int, ...] = (16,)  # images of a step
+    sizes: tuple[int | None, ...] = (None,)  # their height and width in pixels; None is the architecture's own
+    modes: tuple[str, ...] = ('batch', 'subset')  # of this package
+    schedule: Schedule | None = None  # None is the model's own; 'uniform' is for timm's drop path too
+    steps: int = 60  # counted ones of each contestant and seed; 0 counts FLOPs only
+    seeds: int = 1  # runs, each with draws of its own
+    saved_steps: int = 60  # over which the bytes kept for backward are counted; 0 for none
+    amp: bool = False  # bfloat16 autocast
     channels_last: bool = False  # memory format of images and weights
     compile: bool = False  # run every contestant through `torch.compile`
-    device: str = 'cpu'
-    others: tuple[str, ...] = ()  # further timm models
-    modes: tuple[str, ...] = MODES  # of this package
-    peers: tuple[str, ...] = tuple(PEERS)  # whose drop paths, where timm has the net
-    saved_steps: int = 200  # over which the bytes kept for backward are counted; 0 for none
-    schedule: Schedule | None = None  # None is the model's own; 'uniform' is for other drop paths too
+    device: str = 'cpu'  # or 'cuda', 'cuda:1'
 
     def __post_init__(self) -> None:
-        if self.precision not in ('float32', 'bfloat16', 'float16'):
-            raise ValueError(f"precision must be 'float32', 'bfloat16' or 'float16', got {self.precision!r}")
-        if self.steps < 2:
-            raise ValueError(f'steps must be at least 2, to state their spread, got {self.steps!r}')
-        if len(set(self.rates)) < len(self.rates) or not all(0 <= rate < 1 for rate in self.rates):
-            raise ValueError(f'rates must be different numbers in [0, 1), got {list(self.rates)}')
+        if self.device != 'cpu' and self.device.partition(':')[0] != 'cuda':
+            raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}")
+        if self.device != 'cpu' and not torch.cuda.is_available():
+            raise ValueError(f"device must be 'cpu' where torch finds no CUDA device, got {self.device!r}")
+        if not set(self.modes) <= set(MODES):
+            raise ValueError(f'modes must be among {", ".join(MODES)}, got {list(self.modes)}')
+        for name in ('models', 'rates', 'batches', 'sizes', 'modes'):
+            values = list(getattr(self, name))
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f'{name} must be one or more, each another one, got {values}')
+        if not all(0 <= rate < 1 for rate in self.rates):
+            raise ValueError(f'rates must be in [0, 1), got {list(self.rates)}')
+        if self.steps == 1 or self.steps < 0:
+            raise ValueError(f'steps must be at least 2, or 0 to count FLOPs only, got {self.steps!r}')
+        if self.seeds < 1:
+            raise ValueError(f'seeds must be at least 1, got {self.seeds!r}')
+
+
+def growth(**given: Any) -> list[list[Settings]]:
+    """How the saving grows with depth, batch and size, a list of settings for each; `given` holds for all of them.
+
+    20 steps, where nothing else is given, take about ten minutes on two cores. The deepest are not measured.
+    """
+    given = {'steps': 20, 'saved_steps': 0} | given
+    nets = tuple(f'sd_resnet{layers}_cifar' for layers in (20, 32, 44, 56, 110))
+    deepest = ('sd_resnet152_cifar', 'sd_resnet1202_cifar')
+    transformers = tuple(f'sd_vit_{size}_patch16_224' for size in ('tiny', 'small', 'base', 'large'))
+    return [
+        [Settings(models=nets, **given), Settings(models=deepest + transformers, **given | {'steps': 0})],
+        [Settings(batches=(1, 2, 4, 8, 16, 32), sizes=(64,), **given)],
+        [Settings(batches=(8,), sizes=(64, 96, 128, 160, 224), **given)],
+    ]
 
 
 @dataclass
 class Contestant:
     """What was measured of one contestant of a race."""
 
-    seconds: list[float] = field(default_factory=list)  # of each counted step: forward, backward, SGD with momentum
+    seconds: list[list[float]] = field(
+        default_factory=list
+    )  # of each run's steps: forward, backward, SGD with momentum
+    peak_bytes: list[int] = field(default_factory=list)  # at most in each run's steps; on CUDA only
     saved_bytes: list[int] = field(default_factory=list)  # that steps kept for backward; see `saved_bytes`
     bound: float | None = None  # share of constant depth's FLOPs that is left on average, if it drops work
-    observed: float | None = None  # that the counted steps really ran; it differs by the luck of the draw
+    observed: list[float] = field(default_factory=list)  # that each run's steps computed: the luck of the draw
+
+    def ratios(self, other: 'Contestant', mean: Callable[[list[float]], float] = statistics.fmean) -> list[float]:
+        """Of step times, by a mean or a median, in each run."""
+        return [mean(own) / mean(its) for own, its in zip(self.seconds, other.seconds)]
 
     def ratio(self, other: 'Contestant', mean: Callable[[list[float]], float] = statistics.fmean) -> float:
-        """Of step times, by a mean or a median."""
-        return mean(self.seconds) / mean(other.seconds)
+        """The mean of `ratios` over runs."""
+        return statistics.fmean(self.ratios(other, mean))
 
     def ratio_without_luck(self, other: 'Contestant') -> float | None:
         """Of mean step times, less what the draw left out or added; None where nothing is drawn."""
-        if self.bound is None or self.observed is None:
+        if self.bound is None or not self.observed:
             return None
-        return self.ratio(other) - (self.observed - self.bound)
+        return self.ratio(other) - (statistics.fmean(self.observed) - self.bound)
 
 
 @dataclass
 class Race:
-    """One model at one rate, 1 - p_L."""
+    """One model at one rate, 1 - p_L, with one batch of images."""
 
     model: str
     rate: float
-    contestants: dict[str, Contestant]  # constant depth, peers, modes, others: by these names
+    batch: int
+    size: int  # height and width of an image in pixels
+    contestants: dict[str, Contestant]  # constant depth, timm, modes, peers: by these names; modes only, if 0 steps
 
 
 def run(settings: Settings, progress: bool = True) -> list[Race]:
-    """Measure every model at every rate; a ValueError, before anything is measured, where one is not allowed."""
-    for name in settings.others:
-        check_name(name, own=False)
+    """Measure every combination; a ValueError, before anything is measured, where one is not allowed."""
     costs = {}
-    for model, rate in product(settings.models, settings.rates):
-        cost = costs[model, rate] = network_cost(model, settings.size, rate, settings.schedule)
+    for model, size, rate in product(settings.models, settings.sizes, settings.rates):
+        cost = costs[model, size, rate] = network_cost(model, size, rate, settings.schedule)
         if rate and cost.expected_share == 1:
             raise ValueError(f'model must have blocks that drop at rate {rate} and this schedule, got {model!r}')
-    return [Race(*key, _race(settings, *key, cost, progress)) for key, cost in costs.items()]
+    races = []
+    for model, batch, size, rate in product(settings.models, settings.batches, settings.sizes, settings.rates):
+        cost = costs[model, size, rate]
+        races.append(Race(model, rate, batch, cost.image_size, {}))
+        if settings.steps:
+            _measure(settings, races[-1], cost, progress)
+        for mode in settings.modes:
+            contestant = races[-1].contestants.setdefault(mode, Contestant())
+            contestant.bound = 1.0 if mode == 'row' else cost.expected_share
+    return races
 
 
-def _race(settings: Settings, model: str, rate: float, cost: NetworkCost, progress: bool) -> dict[str, Contestant]:
-    networks = _networks(settings, model, rate)
+def _measure(settings: Settings, race: Race, cost: NetworkCost, progress: bool) -> None:
+    networks = _networks(settings, race)
     torch.manual_seed(0)
-    channels = networks[CONSTANT_DEPTH].default_cfg['input_size'][0]
-    images = torch.randn(settings.batch, channels, cost.image_size, cost.image_size)
-    labels = torch.randint(10, (settings.batch,))
+    images = torch.randn(race.batch, networks[CONSTANT_DEPTH].default_cfg['input_size'][0], race.size, race.size)
+    labels = torch.randint(10, (race.batch,))
     trainings = {name: _Training(network, images, labels, settings) for name, network in networks.items()}
-    contestants = {name: Contestant() for name in networks}
     ran: dict[str, list[list[float]]] = {}  # in each step the share of each block's branch
     for mode in settings.modes:
         if mode == 'batch' or (mode == 'subset' and not settings.compile):  # a graph in subset mode draws for itself
             network_of(networks[mode]).on_forward(ran.setdefault(mode, []).append)
 
-    warmup = COMPILED_WARMUP if settings.compile else WARMUP
-    for step in tqdm(range(-warmup, settings.steps), disable=not progress, desc=f'{model}, {rate:g}', unit='round'):
-        for name, training in trainings.items():
-            seconds = timeit(training.step, number=1)
-            if step >= 0:
-                contestants[name].seconds.append(seconds)
-    for mode in settings.modes:
-        bound = contestants[mode].bound = 1.0 if mode == 'row' else cost.expected_share
-        seen = [cost.share(shares) for shares in ran.get(mode, [])[-settings.steps :]]
-        contestants[mode].observed = statistics.fmean(seen or [bound])
+    race.contestants.update({name: Contestant() for name in networks})
+    torch.backends.cudnn.benchmark = True  # as timm's script: convolutions are tried in several ways
+    warmup = LONG_WARMUP if settings.compile or settings.device != 'cpu' else WARMUP
+    title = f'{race.model}, {race.rate:g}, {race.batch} x {race.size} px'
+    with tqdm(total=warmup + settings.seeds * settings.steps, disable=not progress, desc=title, unit='round') as bar:
+        _rounds(trainings, warmup, bar)
+        for seed in range(settings.seeds):
+            torch.manual_seed(seed)
+            for shares in ran.values():
+                shares.clear()
+            for name, steps in _rounds(trainings, settings.steps, bar).items():
+                contestant = race.contestants[name]
+                contestant.seconds.append([seconds for seconds, _ in steps])
+                if settings.device != 'cpu':
+                    contestant.peak_bytes.append(max(peak for _, peak in steps))
+            for mode, shares in ran.items():
+                race.contestants[mode].observed.append(statistics.fmean(map(cost.share, shares)))
     for name, network in networks.items():
         varies = any(isinstance(m, StochasticDepth) and m.drops and m.mode != 'row' for m in network.modules())
         repeats = settings.saved_steps if varies else min(settings.saved_steps, 1)
-        contestants[name].saved_bytes = [saved_bytes(network, trainings[name].loss) for _ in range(repeats)]
-    return contestants
+        kept = [saved_bytes(network, trainings[name].loss) for _ in range(repeats)]
+        race.contestants[name].saved_bytes = kept
 
 
-def _networks(settings: Settings, model: str, rate: float) -> dict[str, Any]:
+def _rounds(trainings: dict[str, '_Training'], steps: int, bar: Any) -> dict[str, list[tuple[float, int]]]:
+    """What `measured` says of steps in which all take turns, by name."""
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in trainings}
+    for _ in range(steps):
+        for name, training in trainings.items():
+            found[name].append(training.measured())
+        bar.update()
+    return found
+
+
+def _networks(settings: Settings, race: Race) -> dict[str, Any]:
     """The contestants' networks by their names."""
 
     def create(name: str, **kwargs: Any) -> Any:
         torch.manual_seed(0)
-        return timm.create_model(name, num_classes=10, **size_args(name, settings.size), **kwargs)
+        return timm.create_model(name, num_classes=10, **size_args(name, race.size), **kwargs)
 
-    plain = model.removeprefix('sd_')
-    has_plain = timm.is_model(plain)  # of the CIFAR nets there is none
-    networks = {CONSTANT_DEPTH: create(plain) if has_plain else create(model, drop_path_rate=0)}
-    for peer in settings.peers if has_plain else ():
-        network = networks[PEERS[peer]] = create(plain, drop_path_rate=rate)
-        for slot in list(find_slots(network)):
-            if own := rate if settings.schedule == 'uniform' else slot.rate:
-                drop_path = DropPath(own) if peer == 'timm' else TorchvisionStochasticDepth(own, 'row')
-                setattr(network.get_submodule(slot.holder), slot.name, drop_path)
-    given = {'drop_path_rate': rate, 'drop_path_schedule': settings.schedule}
-    networks |= {mode: create(model, **given, drop_path_mode=mode) for mode in settings.modes}
-    return networks | {name: create(name) for name in settings.others}
+    plain = race.model.removeprefix('sd_')
+    if timm.is_model(plain):
+        networks = {CONSTANT_DEPTH: create(plain), TIMM: create(plain, drop_path_rate=race.rate)}
+        for slot in list(find_slots(networks[TIMM])):
+            if own := race.rate if settings.schedule == 'uniform' else slot.rate:
+                setattr(networks[TIMM].get_submodule(slot.holder), slot.name, DropPath(own))
+    else:  # timm has no CIFAR nets
+        networks = {CONSTANT_DEPTH: create(race.model, drop_path_rate=0)}
+    given = {'drop_path_rate': race.rate, 'drop_path_schedule': settings.schedule}
+    return networks | {mode: create(race.model, **given, drop_path_mode=mode) for mode in settings.modes}
 
 
 class _Training:
@@ -156,15 +212,14 @@ class _Training:
 
     def __init__(self, network: nn.Module, images: Tensor, labels: Tensor, settings: Settings) -> None:
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-        self.device = torch.device(settings.device)
-        network.to(self.device, memory_format=layout).train()  # type: ignore[call-overload]
+        self.device, self.amp = torch.device(settings.device), settings.amp
+        self.network = network.to(self.device, memory_format=layout).train()  # type: ignore[call-overload]
         self.images, self.labels = images.to(self.device, memory_format=layout), labels.to(self.device)
         self.call: Any = torch.compile(network) if settings.compile else network
         self.optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
-        self.precision = None if settings.precision == 'float32' else getattr(torch, settings.precision)
 
     def loss(self) -> Tensor:
-        with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             return nn.functional.cross_entropy(self.call(self.images), self.labels)
 
     def step(self) -> None:
@@ -174,6 +229,23 @@ class _Training:
         self.optimizer.step()
         if self.device.type == 'cuda':
             torch.cuda.synchronize(self.device)
+
+    def measured(self) -> tuple[float, int]:
+        """Seconds of a step, and on CUDA its peak bytes, as they would be without the other contestants."""
+        if self.device.type == 'cpu':
+            return timeit(self.step, number=1), 0
+        torch.cuda.synchronize(self.device)
+        others = torch.cuda.memory_allocated(self.device) - self._held_bytes()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        seconds = timeit(self.step, number=1)
+        return seconds, torch.cuda.max_memory_allocated(self.device) - others
+
+    def _held_bytes(self) -> int:
+        """That stay between steps: images, weights, gradients, the optimiser's state."""
+        weights = list(self.network.parameters())
+        state = chain.from_iterable(values.values() for values in self.optimizer.state.values())
+        held = (self.images, self.labels, *weights, *self.network.buffers(), *(each.grad for each in weights), *state)
+        return sum(each.nbytes for each in held if isinstance(each, Tensor))
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:

@@ -1,12 +1,12 @@
 """What `sd-resnet bench` prints, draws and keeps."""
 
-import itertools
 import json
 import math
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,128 +14,199 @@ import numpy as np
 import timm
 import torch
 
-from ..figures import KEPT, OTHER, PROBABILITY, new_figure, save_figure
+from ..figures import KEPT, METHODS, OTHER, PROBABILITY, new_figure, save_figure
 from .measure import CONSTANT_DEPTH, TIMM, Contestant, Race, Settings
 
-_COLUMNS = ('mean ms', 'median', 'spread', 'ratio', 'median', 'no luck', 'FLOPs', 'to timm', 'saved', 'most')
+_SHARES = ('ratio', 's.e.', 'median', 'no luck', 'FLOPs', 'saved', 'most', 'peak')
+_COLUMNS = {'ms': '.1f', **dict.fromkeys(_SHARES, '.3f'), 'MiB': ',.0f'}  # and their formats
+_LEGEND = """
+ratio: of mean step times to constant depth in the same run, in the mean over runs; s.e.: its standard error over runs;
+median: the same of medians; no luck: the ratio, less what the draw left out or added; FLOPs: share left on average, the
+floor; saved, most: bytes kept for backward on average and at most, as a share; peak, MiB: memory of a step at most"""
+_BREAK_EVEN = (
+    '\nbreak-even: where a step is as quick as at constant depth, on the line through the medians over the dropped work'
+)
+
+_COLOURS = {'batch': KEPT, 'subset': METHODS['subset-0.5'], 'row': METHODS['row-0.5'], TIMM: OTHER}
+_FLOOR = 'share of FLOPs left on average, the floor'
+_AXES = {
+    'rate': 'drop path rate, 1 - p_L',
+    'batch': 'images of a step',
+    'size': 'pixels, height and width',
+    'model': '',
+}
 
 
 def table(settings: Settings, races: Sequence[Race]) -> str:
-    """Times, ratios, FLOPs and memory, race by race; of models at several rates also the rate that breaks even."""
-    lines = [f'{_conditions(settings)}, {settings.steps} steps', environment()]
-    for race in races:
-        lines += ['', _row(f'{race.model}, drop path {race.rate:g}', _COLUMNS)]
-        constant, timms = race.contestants[CONSTANT_DEPTH], race.contestants.get(TIMM)
-        for name, each in race.contestants.items():
-            low, median, high = statistics.quantiles(each.seconds, n=4)
-            saved = [kept / constant.saved_bytes[0] for kept in each.saved_bytes]
-            shares = [each.ratio(constant), each.ratio(constant, statistics.median), each.ratio_without_luck(constant)]
-            shares += [each.bound, each.ratio(timms) if timms else None]
-            shares += [statistics.fmean(saved), max(saved)] if saved else [None, None]
-            times = [f'{seconds * 1e3:.1f}' for seconds in (statistics.fmean(each.seconds), median, high - low)]
-            lines.append(_row(name, times + ['-' if share is None else f'{share:.3f}' for share in shares]))
-    lines.append('')
-    modes = [mode for mode in settings.modes if mode != 'row' and len(settings.rates) > 1]
-    for model in settings.models if modes else ():
-        own = [race for race in races if race.model == model]
-        texts = {None: 'unknown', math.inf: 'never'}
-        found = ((mode, break_even(own, mode)) for mode in modes)
-        said = ', '.join(f'{mode} {texts.get(rate) or f"from {rate:.3f}"}' for mode, rate in found)
-        lines.append(f'break-even of {model}: {said}')
-    lines += [
-        'ratio, median: of step times to constant depth; no luck: the ratio, less what the draw left out or added;',
-        "FLOPs: share of FLOPs left on average, the bound; to timm: ratio to timm's drop_path_rate;",
-        'saved, most: bytes kept for backward on average and at most, as a share of constant depth;',
-        'spread: between the quartiles; break-even: on the line through the medians over the rate of the dropped work',
+    """Times, ratios, FLOPs and memory, race by race; of three rates or more also the one that breaks even."""
+    runs = f' in each of {settings.seeds} runs' * (settings.seeds > 1)
+    rows = [[(name, _figures(each, race)) for name, each in race.contestants.items()] for race in races]
+    columns = [column for column in _COLUMNS if any(column in figures for own in rows for _, figures in own)]
+    lines = [
+        f'{_conditions(settings)}, {settings.steps} steps{runs}',
+        environment(settings.device),
+        '',
+        _row('', columns),
     ]
-    return '\n'.join(lines)
+    for race, own in zip(races, rows):
+        lines.append(_title(race))
+        for name, figures in own:
+            cells = [format(figures[each], _COLUMNS[each]) if each in figures else '-' for each in columns]
+            lines.append(_row(f'  {name}', cells))
+    groups = _grouped(races, 'model', 'batch', 'size') if settings.steps and len(settings.rates) > 2 else {}
+    lines += [''] * bool(groups)
+    for group in groups.values():
+        said = ', '.join(f'{mode} {break_even(group, mode)}' for mode in settings.modes if mode != 'row')
+        lines.append(f'break-even of {_title(group[0], ("rate",))}: {said}')
+    return '\n'.join((*lines, _LEGEND + _BREAK_EVEN * bool(groups)))
+
+
+def _figures(each: Contestant, race: Race) -> dict[str, float]:
+    """By columns, what there is to say of a contestant."""
+    constant, found = race.contestants.get(CONSTANT_DEPTH, each), {'FLOPs': each.bound}
+    if each.seconds:
+        found['ms'] = statistics.fmean(chain.from_iterable(each.seconds)) * 1e3
+        found |= {'ratio': each.ratio(constant), 's.e.': standard_error(each.ratios(constant))}
+        found |= {'median': each.ratio(constant, statistics.median), 'no luck': each.ratio_without_luck(constant)}
+    if each.saved_bytes:
+        most = constant.saved_bytes[0]
+        found |= {'saved': statistics.fmean(each.saved_bytes) / most, 'most': max(each.saved_bytes) / most}
+    if each.peak_bytes:
+        peak = max(each.peak_bytes)
+        found |= {'peak': peak / max(constant.peak_bytes), 'MiB': peak / 2**20}
+    return {column: figure for column, figure in found.items() if figure is not None}
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of independent values; None of a single one."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def _row(name: str, cells: Sequence[str]) -> str:
     return f'{name:<36}' + ''.join(f'{cell:>8}' for cell in cells)
 
 
-def break_even(races: Sequence[Race], mode: str) -> float | None:
+def _title(race: Race, unsaid: Collection[str] = ()) -> str:
+    said = {
+        'model': race.model,
+        'rate': f'drop path {race.rate:g}',
+        'batch': f'batch {race.batch}',
+        'size': f'{race.size} px',
+    }
+    return ', '.join(text for key, text in said.items() if key not in unsaid)
+
+
+def _grouped(races: Sequence[Race], *keys: str) -> dict[tuple[Any, ...], list[Race]]:
+    groups: dict[tuple[Any, ...], list[Race]] = {}
+    for race in races:
+        groups.setdefault(tuple(getattr(race, key) for key in keys), []).append(race)
+    return groups
+
+
+def break_even(races: Sequence[Race], mode: str) -> str:
     """The rate from which on a step is quicker than constant depth's, on the line through the medians.
 
-    It is 0 if every rate pays, infinity if none does, and None if the rates do not differ. What counts is the rate of
-    the work that was dropped: where none was, in two rows at rate 0.05, for example, that is 0.
+    It is `from` a rate, `below` the lowest that was measured, `never`, or `unknown` if they do not differ. What counts
+    is the rate of the work that was dropped: where none was, in two rows at rate 0.05, for example, that is 0.
     """
     rates, medians = [], []
     for race in races:
         own = race.contestants[mode]
-        dropped = 0.0 if own.bound == 1 else (1 - (own.observed or 0)) / (1 - (own.bound or 0))
+        left = statistics.fmean(own.observed or [own.bound or 0])
+        dropped = 0.0 if own.bound == 1 else (1 - left) / (1 - (own.bound or 0))
         rates.append(round(race.rate * dropped, 6))
         medians.append(own.ratio(race.contestants[CONSTANT_DEPTH], statistics.median))
     if len(set(rates)) == 1:
-        return None
+        return 'unknown'
     slope, height = statistics.linear_regression(rates, medians)
-    if slope >= 0:
-        return 0.0 if max(medians) < 1 else math.inf
-    rate = (1 - height) / slope
-    return math.inf if rate >= 1 else max(rate, 0.0)
+    lowest, rate = min(race.rate for race in races), 0.0 if max(medians) < 1 else 1.0
+    if slope < 0:
+        rate = (1 - height) / slope
+    if rate >= 1:
+        return 'never'
+    return f'below {lowest:g}' if rate < lowest else f'from {max(rate, 0):.2f}'
 
 
 def _conditions(settings: Settings) -> str:
-    size, schedule = settings.size or 'default', settings.schedule or 'of the model'
     further = ', channels_last' * settings.channels_last + ', compiled' * settings.compile
-    return f'batch {settings.batch}, {size} px, schedule {schedule}, {settings.precision}{further}'
+    return f'schedule {settings.schedule or "of the model"}, {"bfloat16" if settings.amp else "float32"}{further}'
 
 
-def environment() -> str:
-    """Versions and processor, for the record."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+def environment(device: str = 'cpu') -> str:
+    """Versions, and processor or card, for the record."""
+    name = platform.machine() if device == 'cpu' else torch.cuda.get_device_name(device)
     versions = f'torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}'
-    return f'{versions}, {device}, {torch.get_num_threads()} threads'
+    return f'{versions}, {name}, {torch.get_num_threads()} threads'
 
 
-def save_record(settings: Settings, races: Sequence[Race], path: Path) -> None:
+def save_record(settings: Sequence[Settings], races: Sequence[Race], path: Path) -> None:
     """Every step's time as JSON."""
-    record = {'environment': environment(), 'settings': asdict(settings), 'races': [asdict(race) for race in races]}
+    device = environment(settings[0].device)
+    record = {'environment': device, 'settings': [*map(asdict, settings)], 'races': [*map(asdict, races)]}
     path.write_text(json.dumps(record, indent=1) + '\n')
 
 
-def plot(settings: Settings, races: Sequence[Race], path: Path) -> None:
-    """Draw mean step times as shares of constant depth's: of one race as bars, of several over the FLOPs left."""
-    first, one = races[0], len(races) == 1
-    figure, ((axis,),) = new_figure(1, height=0.5 * len(first.contestants) + 1.4 if one else 5)
-    axis.set_title(f'{first.model}, drop path {first.rate:g}, ' * one + _conditions(settings), fontsize=11)
-    if one:
-        _draw_bars(axis, first.contestants)
-    else:
-        _draw_shares(axis, races)
+def plot(settings: Settings, panels: Sequence[Sequence[Race]], path: Path) -> None:
+    """Draw step times as shares of constant depth's, a panel each: of one race as bars, of several over what varies."""
+    single = len(panels[0]) == 1
+    figure, (axes,) = new_figure(len(panels), height=0.5 * len(panels[0][0].contestants) + 1.8 if single else 4.4)
+    figure.suptitle(_conditions(settings), fontsize=9)
+    for axis, races in zip(axes, panels):
+        (_draw_bars if single else _draw_shares)(axis, races)
+        unsaid = () if single else _varying(races)
+        axis.set_title(_title(races[0], unsaid), fontsize=9)
+    if not single:
+        axes[0].set_ylabel("time of a training step, share of constant depth's,\nwithout the luck of the draw")
+        known = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
+        figure.legend(known.values(), known, loc='outside lower center', ncols=3, fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
-def _draw_bars(axis: Any, contestants: dict[str, Contestant]) -> None:
-    constant = contestants[CONSTANT_DEPTH]
-    bounds = [(each.bound, place) for place, each in enumerate(contestants.values()) if (each.bound or 1) < 1]
-    for place, each in enumerate(contestants.values()):
-        ratio, (low, _, high) = each.ratio(constant), statistics.quantiles(each.seconds, n=4)
-        axis.barh(place, ratio, 0.7, color=OTHER if each.bound is None else KEPT)
-        mean = statistics.fmean(constant.seconds)
-        axis.hlines(place, low / mean, high / mean, color='black', linewidth=1)
-        axis.text(0.01, place, f'{ratio:.2f}', va='center', color='white', fontsize=9)
-    if bounds:
-        x, y = np.array(bounds).T
-        axis.vlines(x, y - 0.4, y + 0.4, color=PROBABILITY, linewidth=2, label='share of FLOPs left on average')
-        axis.legend(loc='lower right', fontsize=8, frameon=False)
+def _draw_bars(axis: Any, races: Sequence[Race]) -> None:
+    contestants = races[0].contestants
+    for place, (name, each) in enumerate(contestants.items()):
+        if each.seconds:
+            ratios = each.ratios(contestants[CONSTANT_DEPTH])
+            ratio = statistics.fmean(ratios)
+            axis.barh(place, ratio, 0.7, xerr=standard_error(ratios), color=_COLOURS.get(name, OTHER))
+            axis.text(0.01, place, f'{ratio:.2f}', va='center', color='white', fontsize=9)
+        if (each.bound or 1) < 1:
+            axis.vlines(each.bound, place - 0.4, place + 0.4, color=PROBABILITY, linewidth=2, label=_FLOOR)
     axis.set_yticks(range(len(contestants)), list(contestants))
-    what = 'mean time of a training step, as a share of constant depth; thin lines: middle half of the steps'
-    axis.set(xlabel=what, ylim=(len(contestants) - 0.1, -0.6))  # the first on top, room for the legend below
+    axis.set(xlabel="mean time of a training step, share of constant depth's", ylim=(len(contestants) - 0.1, -0.6))
+    known = dict(zip(*reversed(axis.get_legend_handles_labels())))
+    axis.legend(known.values(), known, loc='lower right', fontsize=8, frameon=False)
+
+
+def _varying(races: Sequence[Race]) -> list[str]:
+    """What differs between races, first what is drawn along the axis: the model if it is another one in each."""
+    varying = [key for key in _AXES if len({getattr(race, key) for race in races}) > 1]
+    return sorted(varying, key=lambda key: key != 'model') if len(_grouped(races, 'model')) == len(races) else varying
 
 
 def _draw_shares(axis: Any, races: Sequence[Race]) -> None:
-    points: dict[str, list[tuple[float, float]]] = {}
-    for race in races:
-        for name, each in race.contestants.items():
-            share = each.ratio_without_luck(race.contestants[CONSTANT_DEPTH])
-            if each.bound is not None and share is not None:
-                points.setdefault(f'{race.model}, {name}', []).append((each.bound, share))
-    lowest = min(0.3, *(min(point) - 0.03 for own in points.values() for point in own))
-    axis.plot([lowest, 1.05], [lowest, 1.05], color='black', linewidth=1, label='ratio = share of FLOPs')
-    axis.fill_between([lowest, 1.05], [lowest - 0.05, 1.0], [lowest + 0.05, 1.1], color='0.9', label='within 0.05')
-    for (label, own), marker in zip(points.items(), itertools.cycle('osD^vP*')):
-        axis.plot(*zip(*own), marker, markersize=6, label=label, alpha=0.8)
-    axis.set(xlabel='share of FLOPs left on average', ylabel="step time without luck, share of constant depth's")
-    axis.legend(fontsize=8, frameon=False)
+    along, *others = _varying(races)
+    others = [] if along == 'model' else others
+    ticks = list(dict.fromkeys(getattr(race, along) for race in races))
+    ticks = ticks if along == 'model' else sorted(ticks)
+    axis.axhline(1, color='black', linewidth=1)
+    for marker, group in zip(cycle('osD^vP*'), _grouped(races, *others).values()):
+        suffix = ''.join(f', {_title(group[0], _AXES.keys() - {key})}' for key in others)
+        points: dict[str, list[tuple[int, float, float]]] = {}
+        for race in sorted(group, key=lambda race: ticks.index(getattr(race, along))):
+            x = ticks.index(getattr(race, along))
+            for name, each in race.contestants.items():
+                if name != CONSTANT_DEPTH and each.seconds:
+                    constant = race.contestants[CONSTANT_DEPTH]
+                    ratio = each.ratio_without_luck(constant)
+                    ratio = each.ratio(constant) if ratio is None else ratio
+                    points.setdefault(name, []).append((x, ratio, standard_error(each.ratios(constant)) or 0))
+            bound = min(each.bound for each in race.contestants.values() if each.bound is not None)
+            points.setdefault(_FLOOR, []).append((x, bound, 0))
+        for name, own in points.items():
+            x, y, error = np.array(own).T
+            look = dict(color=PROBABILITY, fmt='_--', markersize=9) if name == _FLOOR else dict(fmt=f'{marker}-')
+            axis.errorbar(x, y, error, **dict(color=_COLOURS.get(name), markersize=5, label=name + suffix) | look)
+    slanted = dict(rotation=40, ha='right', rotation_mode='anchor', fontsize=7) if along == 'model' else {}
+    axis.set_xticks(range(len(ticks)), [str(tick).removeprefix('sd_') for tick in ticks], **slanted)
+    axis.set_xlabel(_AXES[along])

@@ -4,8 +4,8 @@ import json
 import sys
 from argparse import Namespace
 from dataclasses import asdict, fields
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from ..analysis import costs, datasets, evaluation, pruning
 from ..analysis.networks import defaults_of
@@ -18,14 +18,6 @@ from ..hub.verify import verify as verify_repository
 from ..quickstart import run as run_quickstart
 from ..recipes import recipes
 from ..resnets import checkpoints
-
-# What `bench --rates` and `--growth` measure where nothing else is asked for
-RATES: dict[str, Any] = dict(
-    rates=(0.05, 0.1, 0.2, 0.3, 0.4, 0.5), modes=('subset', 'batch'), peers=('timm',), saved_steps=0
-)
-GROWTH: dict[str, Any] = RATES | dict(
-    models=('sd_resnet50', 'sd_resnet101', 'sd_resnet152'), rates=(0.8, 0.5, 0.2, 0.0), modes=('batch',), peers=()
-)
 
 
 def quickstart(args: Namespace) -> None:
@@ -50,19 +42,22 @@ def info(args: Namespace) -> None:
 
 
 def bench(args: Namespace) -> None:
-    """Measure training steps beside those of other drop paths."""
+    """Measure training steps beside those of timm's drop path."""
     if args.plot:
         figure_class()  # or its absence is found after the work
-    preset = GROWTH if args.growth else {} if args.rates is None else RATES
-    args.rates = args.rates or args.drop_path
-    given = {field.name: getattr(args, field.name, None) for field in fields(measure.Settings)}
-    settings = measure.Settings(**preset | {name: value for name, value in given.items() if value is not None})
-    races = measure.run(settings)
-    print(report.table(settings, races))
+    given = {field.name: getattr(args, field.name) for field in fields(measure.Settings)}
+    given = {name: value for name, value in given.items() if value is not None}
+    chosen = {'models': '--model', 'rates': '--drop-path', 'batches': '--batch', 'sizes': '--size'}
+    if args.growth and (refused := [flag for name, flag in chosen.items() if name in given]):
+        raise UsageError(f'{refused[0]} does not go with --growth, which goes over many')
+    panels = measure.growth(**given) if args.growth else [[measure.Settings(**given)]]
+    races = [[race for settings in panel for race in measure.run(settings)] for panel in panels]
+    settings, flat = [*chain.from_iterable(panels)], [*chain.from_iterable(races)]
+    print(report.table(settings[0], flat))
     if args.json:
-        report.save_record(settings, races, args.json)
+        report.save_record(settings, flat, args.json)
     if args.plot:
-        report.plot(settings, races, args.plot)
+        report.plot(settings[0], races, args.plot)
 
 
 def recipe(args: Namespace) -> None:

@@ -13,7 +13,7 @@ from . import commands
 # What the first edition had under another name: answered with the new one.
 MOVED = {
     'plot': 'sd-resnet info MODEL --plot FILE',
-    'sweep': 'sd-resnet bench --rates RATE ...',
+    'sweep': 'sd-resnet bench --drop-path RATE ...',
     'growth': 'sd-resnet bench --growth',
     'study': 'python -m sd_resnet.study',
     'release': 'python -m sd_resnet.hub release',
@@ -60,27 +60,24 @@ def _parser() -> ArgumentParser:
     add('--img-size', type=_positive, metavar='PX', help="height and width (the model's)")
     add('--plot', type=_output_file, metavar='FILE', help='draw them, too')
 
-    example = '--model sd_vit_tiny_patch16_224 sd_convnext_atto --rates 0.1 0.3 --schedule uniform --batch 10'
-    sub = command(commands.bench, example)
-    add, add_either = sub.add_argument, sub.add_mutually_exclusive_group().add_argument
+    example = '--model sd_vit_tiny_patch16_224 sd_convnext_atto --drop-path 0.1 0.2 0.4 --schedule uniform --batch 10'
+    add = command(commands.bench, example).add_argument
     add('--model', dest='models', nargs='+', metavar='NAME', help='architectures (sd_resnet50)')
-    add_either('--drop-path', type=float, nargs=1, metavar='RATE', help='1 - p_L (0.5)')
-    add_either('--rates', type=float, nargs='*', metavar='RATE', help='from which on is it worth it? (0.05 ... 0.5)')
-    add('--growth', action='store_true', help='batch mode over depth and rates (ResNet-50 to -152, 0.8 0.5 0.2 0)')
-    add('--batch', type=_positive, metavar='N', help='images of a step (16)')
-    add('--size', type=_positive, metavar='PX', help="height and width (the model's)")
-    add('--schedule', type=_schedule, metavar='NAME', help="of this package's modes, uniform of all drop paths (own)")
-    add('--steps', type=_positive, metavar='N', help='of each contestant (60)')
-    add('--saved-steps', type=_positive, metavar='N', help='to count bytes kept for backward (200)')
-    add('--precision', choices=('float32', 'bfloat16', 'float16'))
+    add('--drop-path', '--rates', dest='rates', nargs='+', type=float, metavar='RATE', help='1 - p_L (0.5)')
+    add('--batch', dest='batches', nargs='+', type=_positive, metavar='N', help='images of a step (16)')
+    add('--size', dest='sizes', nargs='+', type=_positive, metavar='PX', help="height and width (the model's)")
+    add('--growth', action='store_true', help='in their place: how the saving grows with depth, batch and size')
+    add('--schedule', type=_schedule, metavar='NAME', help="of this package's modes, uniform of timm's too (own)")
+    add('--modes', nargs='+', choices=('batch', 'row', 'subset'), help='of this package (batch subset)')
+    add('--steps', type=_count, metavar='N', help='of each contestant, 0 to count FLOPs only (60)')
+    add('--seeds', type=_positive, metavar='N', help='runs of as many steps, each with draws of its own (1)')
+    add('--saved-steps', type=_count, metavar='N', help='to count bytes kept for backward, 0 for none (60)')
+    add('--amp', action='store_true', help='bfloat16 autocast')
     add('--channels-last', action='store_true', help='memory format of images and weights')
     add('--compile', action='store_true', help='run every contestant through torch.compile')
-    add('--device', help='for example cuda (cpu)')
-    add('--modes', nargs='+', choices=('batch', 'row', 'subset'), help='(all; over rates subset, batch)')
-    add('--peers', nargs='*', choices=('timm', 'torchvision'), help='drop paths (both; over rates timm)')
-    add('--others', nargs='+', metavar='NAME', help='further timm models to measure')
+    add('--device', help='cpu, or cuda, with the peak memory of a step (cpu)')
     add('--json', type=_output_file, metavar='FILE', help="write every step's time")
-    add('--plot', type=_output_file, metavar='FILE', help='draw bars, or ratios over the share of FLOPs')
+    add('--plot', type=_output_file, metavar='FILE', help='draw bars, or ratios over whatever takes several values')
 
     add = command(commands.recipe, 'fmnist').add_argument
     add('name', nargs='?', metavar='NAME', help='print its path; without it, list all')
@@ -138,6 +135,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f'must be a whole number of at least 1, got {text!r}')
     return int(text)
+
+
+def _count(text: str) -> int:
+    return 0 if text == '0' else _positive(text)
 
 
 def _output_file(text: str) -> Path:
