@@ -19,7 +19,6 @@ from tqdm import tqdm
 from ..analysis.costs import NetworkCost, network_cost, size_args
 from ..analysis.networks import network_of
 from ..converted.trial import find_slots
-from ..core.drop_path import StochasticDepth
 from ..core.refusals import MODES
 from ..core.schedules import Schedule
 
@@ -45,7 +44,7 @@ class Settings:
     schedule: Schedule | None = None  # None is the model's own; 'uniform' is for timm's drop path too
     steps: int = 60  # counted ones of each contestant and seed; 0 counts FLOPs only
     seeds: int = 1  # runs, each with draws of its own
-    saved_steps: int = 60  # over which the bytes kept for backward are counted; 0 for none
+    saved_steps: int = 20  # over which the bytes kept for backward are counted; 0 for none
     amp: bool = False  # bfloat16 autocast
     channels_last: bool = False  # memory format of images and weights
     compile: bool = False  # run every contestant through `torch.compile`
@@ -172,8 +171,8 @@ def _measure(settings: Settings, race: Race, cost: NetworkCost, progress: bool) 
             for mode, shares in ran.items():
                 race.contestants[mode].observed.append(statistics.fmean(map(cost.share, shares)))
     for name, network in networks.items():
-        varies = any(isinstance(m, StochasticDepth) and m.drops and m.mode != 'row' for m in network.modules())
-        repeats = settings.saved_steps if varies else min(settings.saved_steps, 1)
+        same = name in (CONSTANT_DEPTH, TIMM, 'row')  # at every step
+        repeats = min(settings.saved_steps, 1) if same else settings.saved_steps
         kept = [saved_bytes(network, trainings[name].loss) for _ in range(repeats)]
         race.contestants[name].saved_bytes = kept
 

@@ -71,7 +71,7 @@ def _parser() -> ArgumentParser:
     add('--modes', nargs='+', choices=('batch', 'row', 'subset'), help='of this package (batch subset)')
     add('--steps', type=_count, metavar='N', help='of each contestant, 0 to count FLOPs only (60)')
     add('--seeds', type=_positive, metavar='N', help='runs of as many steps, each with draws of its own (1)')
-    add('--saved-steps', type=_count, metavar='N', help='to count bytes kept for backward, 0 for none (60)')
+    add('--saved-steps', type=_count, metavar='N', help='to count bytes kept for backward, 0 for none (20)')
     add('--amp', action='store_true', help='bfloat16 autocast')
     add('--channels-last', action='store_true', help='memory format of images and weights')
     add('--compile', action='store_true', help='run every contestant through torch.compile')
