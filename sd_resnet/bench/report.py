@@ -152,13 +152,14 @@ def plot(settings: Settings, panels: Sequence[Sequence[Race]], path: Path) -> No
     figure, (axes,) = new_figure(len(panels), height=0.5 * len(panels[0][0].contestants) + 1.8 if single else 4.4)
     figure.suptitle(_conditions(settings), fontsize=9)
     for axis, races in zip(axes, panels):
+        axis.sharey(axes[0])
         (_draw_bars if single else _draw_shares)(axis, races)
         unsaid = () if single else _varying(races)
         axis.set_title(_title(races[0], unsaid), fontsize=9)
     if not single:
-        axes[0].set_ylabel("time of a training step, share of constant depth's,\nwithout the luck of the draw")
+        axes[0].set_ylabel('time of a step, to constant depth,\nwithout the luck of the draw')
         known = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
-        figure.legend(known.values(), known, loc='outside lower center', ncols=3, fontsize=8, frameon=False)
+        figure.legend(known.values(), known, loc='outside lower center', ncols=4, fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
@@ -207,6 +208,6 @@ def _draw_shares(axis: Any, races: Sequence[Race]) -> None:
             x, y, error = np.array(own).T
             look = dict(color=PROBABILITY, fmt='_--', markersize=9) if name == _FLOOR else dict(fmt=f'{marker}-')
             axis.errorbar(x, y, error, **dict(color=_COLOURS.get(name), markersize=5, label=name + suffix) | look)
-    slanted = dict(rotation=40, ha='right', rotation_mode='anchor', fontsize=7) if along == 'model' else {}
+    slanted = dict(rotation=90, fontsize=7) if along == 'model' else {}
     axis.set_xticks(range(len(ticks)), [str(tick).removeprefix('sd_') for tick in ticks], **slanted)
     axis.set_xlabel(_AXES[along])
