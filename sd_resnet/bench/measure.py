@@ -21,9 +21,11 @@ from ..analysis.networks import network_of
 from ..converted.trial import find_slots
 from ..core.refusals import MODES
 from ..core.schedules import Schedule
+from .peers import BLOCKS, COMPOSER, expected_shares, on_forward, peer_networks
 
 CONSTANT_DEPTH = 'constant depth'
 TIMM = "timm's drop_path_rate"
+UNDROPPED = ', undropped'  # behind a peer's name: its own code at rate 0
 WARMUP = 3  # rounds that are not counted
 LONG_WARMUP = 20  # of compiled or CUDA steps: until nearly every block was seen kept and dropped, in every shape
 
@@ -48,6 +50,7 @@ class Settings:
     amp: bool = False  # bfloat16 autocast
     channels_last: bool = False  # memory format of images and weights
     compile: bool = False  # run every contestant through `torch.compile`
+    peers: bool = False  # all of `peers.PEERS`, not only timm's drop path
     device: str = 'cpu'  # or 'cuda', 'cuda:1'
 
     def __post_init__(self) -> None:
@@ -85,6 +88,20 @@ def growth(**given: Any) -> list[list[Settings]]:
     ]
 
 
+def beside_peers(**given: Any) -> list[list[Settings]]:
+    """This package beside its peers on a ResNet and a transformer, a list of settings for each; `given` holds for both.
+
+    15 steps, where nothing else is given, take some six minutes on two cores. At batch 16 rate 0.375 drops 6 rows:
+    DINOv2 drops no more than it says.
+    """
+    given = {'peers': True, 'rates': (0.375,), 'schedule': 'uniform', 'steps': 15, 'saved_steps': 30} | given
+    nets: list[dict[str, Any]] = [
+        dict(models=('sd_resnet50',), sizes=(128,)),
+        dict(models=('sd_vit_tiny_patch16_224',)),
+    ]
+    return [[Settings(**net | given)] for net in nets]
+
+
 @dataclass
 class Contestant:
     """What was measured of one contestant of a race."""
@@ -120,7 +137,14 @@ class Race:
     rate: float
     batch: int
     size: int  # height and width of an image in pixels
-    contestants: dict[str, Contestant]  # constant depth, timm, modes, peers: by these names; modes only, if 0 steps
+    contestants: dict[
+        str, Contestant
+    ]  # constant depth, timm or all peers, modes: by these names; modes only, if 0 steps
+
+    def undropped(self, name: str) -> Contestant:
+        """What a contestant is compared with: a peer's own code that drops nothing, or constant depth, if there is."""
+        others = (each for each in (name + UNDROPPED, CONSTANT_DEPTH, name) if each in self.contestants)
+        return self.contestants[next(others)]
 
 
 def run(settings: Settings, progress: bool = True) -> list[Race]:
@@ -152,8 +176,12 @@ def _measure(settings: Settings, race: Race, cost: NetworkCost, progress: bool) 
     for mode in settings.modes:
         if mode == 'batch' or (mode == 'subset' and not settings.compile):  # a graph in subset mode draws for itself
             network_of(networks[mode]).on_forward(ran.setdefault(mode, []).append)
-
     race.contestants.update({name: Contestant() for name in networks})
+    for name in networks.keys() - {CONSTANT_DEPTH, TIMM, *settings.modes}:
+        race.contestants[name].bound = cost.share(expected_shares(networks[name], race.batch))
+        if not settings.compile:
+            on_forward(networks[name], ran.setdefault(name, []).append)
+
     torch.backends.cudnn.benchmark = True  # as timm's script: convolutions are tried in several ways
     warmup = LONG_WARMUP if settings.compile or settings.device != 'cpu' else WARMUP
     title = f'{race.model}, {race.rate:g}, {race.batch} x {race.size} px'
@@ -171,8 +199,8 @@ def _measure(settings: Settings, race: Race, cost: NetworkCost, progress: bool) 
             for mode, shares in ran.items():
                 race.contestants[mode].observed.append(statistics.fmean(map(cost.share, shares)))
     for name, network in networks.items():
-        same = name in (CONSTANT_DEPTH, TIMM, 'row')  # at every step
-        repeats = min(settings.saved_steps, 1) if same else settings.saved_steps
+        varies = name in {COMPOSER, *settings.modes} - {'row'}  # from step to step
+        repeats = settings.saved_steps if varies else min(settings.saved_steps, 1)
         kept = [saved_bytes(network, trainings[name].loss) for _ in range(repeats)]
         race.contestants[name].saved_bytes = kept
 
@@ -195,7 +223,11 @@ def _networks(settings: Settings, race: Race) -> dict[str, Any]:
         return timm.create_model(name, num_classes=10, **size_args(name, race.size), **kwargs)
 
     plain = race.model.removeprefix('sd_')
-    if timm.is_model(plain):
+    if timm.is_model(plain) and settings.peers:
+        networks = {CONSTANT_DEPTH: create(plain), **peer_networks(race.model, race.rate, create, settings.schedule)}
+        undropped = peer_networks(race.model, 0.0, create)
+        networks |= {name + UNDROPPED: network for name, network in undropped.items() if name in BLOCKS}
+    elif timm.is_model(plain):
         networks = {CONSTANT_DEPTH: create(plain), TIMM: create(plain, drop_path_rate=race.rate)}
         for slot in list(find_slots(networks[TIMM])):
             if own := race.rate if settings.schedule == 'uniform' else slot.rate:

@@ -15,14 +15,15 @@ import timm
 import torch
 
 from ..figures import KEPT, METHODS, OTHER, PROBABILITY, new_figure, save_figure
-from .measure import CONSTANT_DEPTH, TIMM, Contestant, Race, Settings
+from .measure import CONSTANT_DEPTH, TIMM, Race, Settings
 
 _SHARES = ('ratio', 's.e.', 'median', 'no luck', 'FLOPs', 'saved', 'most', 'peak')
 _COLUMNS = {'ms': '.1f', **dict.fromkeys(_SHARES, '.3f'), 'MiB': ',.0f'}  # and their formats
 _LEGEND = """
-ratio: of mean step times to constant depth in the same run, in the mean over runs; s.e.: its standard error over runs;
-median: the same of medians; no luck: the ratio, less what the draw left out or added; FLOPs: share left on average, the
-floor; saved, most: bytes kept for backward on average and at most, as a share; peak, MiB: memory of a step at most"""
+ratio: of mean step times to constant depth in the same run (of DINOv2 and Composer, to their own code undropped), in
+the mean over runs; s.e.: its standard error over runs; median: the same of medians; no luck: the ratio, less what the
+draw left out or added; FLOPs: share left on average, the floor; saved, most: bytes kept for backward on average and at
+most, as a share; peak, MiB: memory of a step at most"""
 _BREAK_EVEN = (
     '\nbreak-even: where a step is as quick as at constant depth, on the line through the medians over the dropped work'
 )
@@ -40,7 +41,7 @@ _AXES = {
 def table(settings: Settings, races: Sequence[Race]) -> str:
     """Times, ratios, FLOPs and memory, race by race; of three rates or more also the one that breaks even."""
     runs = f' in each of {settings.seeds} runs' * (settings.seeds > 1)
-    rows = [[(name, _figures(each, race)) for name, each in race.contestants.items()] for race in races]
+    rows = [[(name, _figures(name, race)) for name in race.contestants] for race in races]
     columns = [column for column in _COLUMNS if any(column in figures for own in rows for _, figures in own)]
     lines = [
         f'{_conditions(settings)}, {settings.steps} steps{runs}',
@@ -61,9 +62,10 @@ def table(settings: Settings, races: Sequence[Race]) -> str:
     return '\n'.join((*lines, _LEGEND + _BREAK_EVEN * bool(groups)))
 
 
-def _figures(each: Contestant, race: Race) -> dict[str, float]:
+def _figures(name: str, race: Race) -> dict[str, float]:
     """By columns, what there is to say of a contestant."""
-    constant, found = race.contestants.get(CONSTANT_DEPTH, each), {'FLOPs': each.bound}
+    each, constant = race.contestants[name], race.undropped(name)
+    found = {'FLOPs': each.bound}
     if each.seconds:
         found['ms'] = statistics.fmean(chain.from_iterable(each.seconds)) * 1e3
         found |= {'ratio': each.ratio(constant), 's.e.': standard_error(each.ratios(constant))}
@@ -139,10 +141,11 @@ def environment(device: str = 'cpu') -> str:
     return f'{versions}, {name}, {torch.get_num_threads()} threads'
 
 
-def save_record(settings: Sequence[Settings], races: Sequence[Race], path: Path) -> None:
-    """Every step's time as JSON."""
+def save_record(settings: Sequence[Settings], races: Sequence[Race], path: Path, breaks: Any = None) -> None:
+    """Every step's time as JSON, and what breaks, where that was tried."""
     device = environment(settings[0].device)
     record = {'environment': device, 'settings': [*map(asdict, settings)], 'races': [*map(asdict, races)]}
+    record |= {'breaks': breaks} if breaks else {}
     path.write_text(json.dumps(record, indent=1) + '\n')
 
 
@@ -167,7 +170,7 @@ def _draw_bars(axis: Any, races: Sequence[Race]) -> None:
     contestants = races[0].contestants
     for place, (name, each) in enumerate(contestants.items()):
         if each.seconds:
-            ratios = each.ratios(contestants[CONSTANT_DEPTH])
+            ratios = each.ratios(races[0].undropped(name))
             ratio = statistics.fmean(ratios)
             axis.barh(place, ratio, 0.7, xerr=standard_error(ratios), color=_COLOURS.get(name, OTHER))
             axis.text(0.01, place, f'{ratio:.2f}', va='center', color='white', fontsize=9)
@@ -198,7 +201,7 @@ def _draw_shares(axis: Any, races: Sequence[Race]) -> None:
             x = ticks.index(getattr(race, along))
             for name, each in race.contestants.items():
                 if name != CONSTANT_DEPTH and each.seconds:
-                    constant = race.contestants[CONSTANT_DEPTH]
+                    constant = race.undropped(name)
                     ratio = each.ratio_without_luck(constant)
                     ratio = each.ratio(constant) if ratio is None else ratio
                     points.setdefault(name, []).append((x, ratio, standard_error(each.ratios(constant)) or 0))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..analysis import costs, datasets, evaluation, pruning
 from ..analysis.networks import defaults_of
-from ..bench import measure, report
+from ..bench import breaks, measure, report
 from ..errors import UsageError
 from ..figures import figure_class
 from ..hub.push import push as push_to_hub
@@ -47,15 +47,23 @@ def bench(args: Namespace) -> None:
         figure_class()  # or its absence is found after the work
     given = {field.name: getattr(args, field.name) for field in fields(measure.Settings)}
     given = {name: value for name, value in given.items() if value is not None}
-    chosen = {'models': '--model', 'rates': '--drop-path', 'batches': '--batch', 'sizes': '--size'}
-    if args.growth and (refused := [flag for name, flag in chosen.items() if name in given]):
+    chosen = {'models': '--model', 'rates': '--drop-path', 'batches': '--batch', 'sizes': '--size', 'peers': '--peers'}
+    if args.growth and (refused := [flag for name, flag in chosen.items() if given.get(name)]):
         raise UsageError(f'{refused[0]} does not go with --growth, which goes over many')
-    panels = measure.growth(**given) if args.growth else [[measure.Settings(**given)]]
+    if args.growth:
+        panels = measure.growth(**given)
+    elif args.peers and not args.models:
+        panels = measure.beside_peers(**given)
+    else:
+        panels = [[measure.Settings(**given)]]
     races = [[race for settings in panel for race in measure.run(settings)] for panel in panels]
     settings, flat = [*chain.from_iterable(panels)], [*chain.from_iterable(races)]
     print(report.table(settings[0], flat))
+    tried = breaks.try_all() if args.peers else None
+    if tried:
+        print(f'\n{breaks.table(tried)}')
     if args.json:
-        report.save_record(settings, flat, args.json)
+        report.save_record(settings, flat, args.json, breaks=tried and breaks.record(tried))
     if args.plot:
         report.plot(settings[0], races, args.plot)
 

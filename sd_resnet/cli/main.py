@@ -67,6 +67,7 @@ def _parser() -> ArgumentParser:
     add('--batch', dest='batches', nargs='+', type=_positive, metavar='N', help='images of a step (16)')
     add('--size', dest='sizes', nargs='+', type=_positive, metavar='PX', help="height and width (the model's)")
     add('--growth', action='store_true', help='in their place: how the saving grows with depth, batch and size')
+    add('--peers', action='store_true', help="beside torchvision's, DINOv2's and Composer's too; and what breaks")
     add('--schedule', type=_schedule, metavar='NAME', help="of this package's modes, uniform of timm's too (own)")
     add('--modes', nargs='+', choices=('batch', 'row', 'subset'), help='of this package (batch subset)')
     add('--steps', type=_count, metavar='N', help='of each contestant, 0 to count FLOPs only (60)')
