@@ -16,7 +16,6 @@ from torch import nn
 
 from .refusals import check_exportable
 
-
 _count = itertools.count()
 
 
