@@ -67,7 +67,7 @@ class BranchDropPath(StochasticDepth):
         """Of what comes into the branch, (N, ...), the rows that it runs on, (k, ...); if `inner`, rows of images."""
         batch = self.batch if inner and self.batch else x.shape[0]
         if self.branch is None or (self.branch.drawn_ahead and not inner and self.branch.batch != batch):
-            self.branch = _Begun(self, x, batch)
+            (self.branch,) = _begun([self], x, batch)
         return self.branch.take(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,11 +91,8 @@ class _Begun:
     In a compiled graph the whole network's are drawn ahead: a checkpointed region in it may not change any attribute.
     """
 
-    def __init__(self, drop_path: BranchDropPath, x: Tensor, batch: int, ahead: bool = False) -> None:
-        check_draws_on_host(drop_path.mode)
-        p_l = drop_path.p_l_in_units if drop_path.in_force is None else drop_path.in_force
-        (window,) = draw_windows([p_l], batch, x.device, least=1)
-        self.b_l, self.batch, self.drawn_ahead = simplified(window, x, batch, drop_path.one_value), batch, ahead
+    def __init__(self, b_l: Window | Tensor | bool, batch: int, ahead: bool) -> None:
+        self.b_l, self.batch, self.drawn_ahead = b_l, batch, ahead
         self.forks: list[tuple[Tensor, Tensor]] = []
 
     def take(self, x: Tensor) -> Tensor:
@@ -124,6 +121,16 @@ class _Begun:
         if added and not transforming():
             return Rows.of(x, window, batch, factor, self.forks)
         return join(batch, x, window, factor)
+
+
+def _begun(drop_paths: list[BranchDropPath], x: Tensor, batch: int, ahead: bool = False) -> list[_Begun]:
+    """Their branches, with windows as if each were drawn for itself, and in compiled code one copy to the device."""
+    check_draws_on_host('subset')
+    probs = [each.p_l_in_units if each.in_force is None else each.in_force for each in drop_paths]
+    windows = draw_windows(probs, batch, x.device, least=1, one_by_one=True)
+    return [
+        _Begun(simplified(window, x, batch, each.one_value), batch, ahead) for each, window in zip(drop_paths, windows)
+    ]
 
 
 def _times(each: int, window: Any) -> Window:
@@ -256,8 +263,9 @@ class BranchedNetwork(Converted):
             for each in self.by_branch
             if each.once and each.mode != 'row' and each.is_dropping() and not each.ramped
         ]
-        for drop_path in ahead:
-            drop_path.branch = _Begun(drop_path, args[0], args[0].shape[0], ahead=True)
+        if ahead:
+            for drop_path, branch in zip(ahead, _begun(ahead, args[0], args[0].shape[0], ahead=True)):
+                drop_path.branch = branch
         out = self.plain_pass(*args, **kwargs)
         for drop_path in ahead:
             drop_path.branch = None

@@ -56,26 +56,36 @@ def draw(drop_paths: Sequence[Any], x: Tensor, mode: str, generator: torch.Gener
     return [Draw(drop_path.p_l_in_units / UNIT, window) for drop_path, window in zip(drop_paths, windows)]
 
 
-def draw_windows(probs: Sequence[int], batch: int, device: torch.device, least: int = 0) -> list[Window]:
+def draw_windows(
+    probs: Sequence[int], batch: int, device: torch.device, least: int = 0, one_by_one: bool = False
+) -> list[Window]:
     """Windows of k rows of N, k being floor(p_l N) or one more, with the mean p_l N, from a first row that is uniform.
 
     So each row survives with exactly p_l, whatever N. The same seed gives the same windows in eager and in compiled
     code (which `torch.rand` and `randint` would not). `probs` are in units of 1 / `UNIT`, `least` rows run in any case.
+    If `one_by_one`, the windows are those that a call for each of `probs` would give: in compiled code that is one copy
+    to the device instead of many.
     """
     batch = len(range(batch))  # a number of its own for each compiled graph, where it may be a symbol
     if batch == 0:
         return [Window(0, 0, 0)] * len(probs)
     whole = [(p * batch + _NOTHING) // UNIT for p in probs]
     rest = [r if r > _NOTHING else 0 for r in (p * batch - k * UNIT for p, k in zip(probs, whole))]
-    starts = torch.ones(batch, device='cpu').multinomial(len(probs), replacement=True)
-    odds = [[1 - r / UNIT, r / UNIT] for r in rest]
-    one_more = torch.tensor(odds, dtype=torch.float64, device='cpu').multinomial(1).squeeze(1)
+    groups = [[r] for r in rest] if one_by_one else [rest]
+    both = torch.cat([_first_and_more(batch, group) for group in groups], dim=1)
     if not torch.compiler.is_compiling():
-        more, least = _numbers(one_more), max(least, int(many_ranks()))
-        return [Window(start, max(k + m, least), k + m) for start, k, m in zip(_numbers(starts), whole, more)]
-    both = torch.stack([starts, one_more]).to(device, non_blocking=True)
+        starts, more, least = _numbers(both[0]), _numbers(both[1]), max(least, int(many_ranks()))
+        return [Window(start, max(k + m, least), k + m) for start, k, m in zip(starts, whole, more)]
+    both = both.to(device, non_blocking=True)
     rows = [k + 1 if r else k for k, r in zip(whole, rest)]
     return [Window(both[0, l], rows[l], whole[l] + both[1, l] if rest[l] else rows[l]) for l in range(len(probs))]
+
+
+def _first_and_more(batch: int, rest: list[int]) -> Tensor:
+    """First rows, and 1 where one more row survives, with odds in units of 1 / `UNIT`, else 0; (2, L), on the host."""
+    starts = torch.ones(batch, device='cpu').multinomial(len(rest), replacement=True)
+    odds = torch.tensor([[1 - r / UNIT, r / UNIT] for r in rest], dtype=torch.float64, device='cpu')
+    return torch.stack([starts, odds.multinomial(1).squeeze(1)])
 
 
 def _numbers(values: Tensor) -> list[Any]:
