@@ -63,16 +63,14 @@ def draw_windows(
 
     So each row survives with exactly p_l, whatever N. The same seed gives the same windows in eager and in compiled
     code (which `torch.rand` and `randint` would not). `probs` are in units of 1 / `UNIT`, `least` rows run in any case.
-    If `one_by_one`, the windows are those that a call for each of `probs` would give: in compiled code that is one copy
-    to the device instead of many.
+    If `one_by_one`, as many calls would draw them; compiled, all are copied to the device at once, in either way.
     """
     batch = len(range(batch))  # a number of its own for each compiled graph, where it may be a symbol
     if batch == 0:
         return [Window(0, 0, 0)] * len(probs)
     whole = [(p * batch + _NOTHING) // UNIT for p in probs]
     rest = [r if r > _NOTHING else 0 for r in (p * batch - k * UNIT for p, k in zip(probs, whole))]
-    groups = [[r] for r in rest] if one_by_one else [rest]
-    both = torch.cat([_first_and_more(batch, group) for group in groups], dim=1)
+    both = torch.cat([_first_and_more(batch, each) for each in ([[r] for r in rest] if one_by_one else [rest])], dim=1)
     if not torch.compiler.is_compiling():
         starts, more, least = _numbers(both[0]), _numbers(both[1]), max(least, int(many_ranks()))
         return [Window(start, max(k + m, least), k + m) for start, k, m in zip(starts, whole, more)]

@@ -42,11 +42,16 @@ def check_traceable(x: Any) -> None:
 
 
 def check_draws_on_host(mode: str) -> None:
-    """Raise a RuntimeError under `torch.func.vmap`, where only row mode can draw."""
+    """Raise a RuntimeError where only row mode can draw: under `torch.func.vmap`, and in a CUDA graph made by hand."""
     if vmapping():
         raise RuntimeError(
             f"drop_path_mode must be 'row' under torch.func.vmap, got {mode!r}: its draws are made on the host, once "
             'for all samples'
+        )
+    if not torch.compiler.is_compiling() and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"drop_path_mode must be 'row' where a CUDA graph is captured, got {mode!r}: one draw would be replayed for "
+            "ever; torch.compile(model, mode='reduce-overhead') makes CUDA graphs that draw anew in mode 'subset'"
         )
 
 

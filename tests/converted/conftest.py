@@ -73,7 +73,7 @@ class Masked(nn.Module):
         self.masks = list(masks)
 
     def forward(self, x):
-        return x * self.masks.pop(0).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+        return x * self.masks.pop(0).to(x).view(-1, *[1] * (x.dim() - 1))
 
 
 @pytest.fixture
