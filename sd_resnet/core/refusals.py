@@ -50,8 +50,8 @@ def check_draws_on_host(mode: str) -> None:
         )
     if not torch.compiler.is_compiling() and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"drop_path_mode must be 'row' where a CUDA graph is captured, got {mode!r}: one draw would be replayed for "
-            "ever; torch.compile(model, mode='reduce-overhead') makes CUDA graphs that draw anew in mode 'subset'"
+            f"drop_path_mode must be 'row' where a CUDA graph is captured, got {mode!r}: one draw would be replayed "
+            "for ever; torch.compile(model, mode='reduce-overhead') makes CUDA graphs that draw anew in mode 'subset'"
         )
 
 
