@@ -1,6 +1,8 @@
-"""A drop-path rate that changes during training: a warm-up, early only, or late only.
+"""A drop-path rate that changes during training: a warm-up, early only, late only, or a decay.
 
-Early and late drop path are those of Liu et al., "Dropout Reduces Underfitting" (https://arxiv.org/abs/2303.01500).
+Early and late drop path, and the decay in a line (there `--drop_schedule linear`), are those of Liu et al., "Dropout
+Reduces Underfitting" (https://arxiv.org/abs/2303.01500). Language models that drop layers early and none in the end
+need less compute for the same loss: "Don't Drop Dropout", ICML 2026 (https://openreview.net/forum?id=AEHn9ya4Re).
 """
 
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from torch import nn
 from .drop_path import StochasticDepth, derived
 from .refusals import check_counts_steps
 
-KINDS = ('warmup', 'early', 'late')
+KINDS = ('warmup', 'early', 'late', 'decay')
 
 
 class DropPathRamp(nn.Module):
@@ -23,8 +25,9 @@ class DropPathRamp(nn.Module):
     `step`, which survives timm's `--resume`. Who starts anew drops the key, or sets `steps_done` to 0.
 
     Args:
-        kind: `'warmup'`, from 0 up to the whole rate in equal steps; `'early'`, on, then off; `'late'`, off, then on.
-        steps: When the warm-up ends, or drop path is switched; at least 1, else a ValueError, as for `kind`.
+        kind: `'warmup'`, from 0 up to the whole rate in equal steps; `'early'`, on, then off; `'late'`, off, then on;
+            `'decay'`, from the whole rate down to 0 in equal steps.
+        steps: When the warm-up or decay ends, or drop path is switched; at least 1, else a ValueError, as for `kind`.
         device: Device of the travelling scalar.
     """
 
@@ -44,9 +47,10 @@ class DropPathRamp(nn.Module):
     @derived
     def factor(self) -> Any:
         """What the rates are multiplied by in the next training step."""
-        if self.kind == 'warmup':
-            return min(1.0, self.steps_done / self.steps)
-        return float((self.steps_done < self.steps) == (self.kind == 'early'))
+        done = min(1.0, self.steps_done / self.steps)
+        if self.kind in ('warmup', 'decay'):
+            return done if self.kind == 'warmup' else 1 - done
+        return float((done < 1) == (self.kind == 'early'))
 
     def survival_probs(self) -> tuple[float, ...]:
         """p_1 .. p_L at factor 1."""

@@ -7,6 +7,7 @@ import timm
 import torch
 
 import sd_resnet
+from sd_resnet.analysis.networks import network_of
 from sd_resnet.converted.convert import converted_blocks
 from sd_resnet.hub.repository import prepare
 
@@ -49,6 +50,7 @@ EXPECTED = {
     ('warmup', 4): [0, 0.15, 0.3, 0.45, 0.6, 0.6],
     ('early', 2): [0.6, 0.6, 0, 0, 0, 0],
     ('late', 2): [0, 0, 0.6, 0.6, 0.6, 0.6],
+    ('decay', 4): [0.6, 0.45, 0.3, 0.15, 0, 0],
 }
 
 
@@ -149,6 +151,18 @@ def test_features_count_as_steps_too(name):
     assert model.drop_path_ramp.steps_done == 2
 
 
+@pytest.mark.parametrize('mode', ['batch', 'subset'])
+@pytest.mark.parametrize('name', [RESNET, VIT])
+def test_a_decay_starts_with_less_work_and_ends_with_all_of_it(name, mode):
+    """Whoever wants time back early must get it, and a network that trains whole in the end."""
+    model, _, x = build(name, ('decay', 20), mode)
+    seen = []
+    network_of(model).on_forward(lambda shares: seen.append(sum(shares) / len(shares)))
+    rates(model, [model.drop_path_ramp._drop_paths[0]], x, 22)
+    assert sum(seen[:8]) / 8 < 0.8
+    assert seen[20:] == [1, 1]
+
+
 def test_it_is_refused_with_test_time_rescaling():
     with pytest.raises(ValueError, match="drop_path_ramp needs drop_path_rescale='train'"):
         timm.create_model(RESNET, drop_path_rescale='test', drop_path_ramp=('warmup', 4))
@@ -160,7 +174,7 @@ def test_it_is_refused_with_test_time_rescaling():
 @pytest.mark.parametrize('ramp', ['warmup', ('warmup',), ('warmup', 0), ('warmup', 2.5), ('up', 3), ('late', True)])
 def test_errors_say_what_is_allowed(ramp):
     with pytest.raises(
-        ValueError, match=r"drop_path_ramp must be None or \(kind, steps\), a kind of 'warmup', 'early'"
+        ValueError, match=r"drop_path_ramp must be None or \(kind, steps\), a kind of 'warmup', .*'late', 'decay'"
     ):
         timm.create_model(RESNET, drop_path_rescale='train', drop_path_ramp=ramp)
 
