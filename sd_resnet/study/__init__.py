@@ -1,4 +1,4 @@
-"""The paper's claims at a scale that a CPU can do. Maintainers' work: `python -m sd_resnet.study`.
+"""The paper's claims, and parity with timm's drop path, at a scale that a CPU can do: `python -m sd_resnet.study`.
 
-Imports `core`, `resnets`, `converted`, `analysis` and the base rooms.
+Imports `core`, `resnets`, `converted`, `analysis`, `bench` and the base rooms. Maintainers' work.
 """

@@ -10,7 +10,9 @@ from ..analysis.datasets import SIZE
 from .cells import COMMAND, CONSTANT, STOCHASTIC, Records
 
 MISSING = 'no record yet'
+TESTED = 10_000  # images
 PAIRS = '{constant,linear-0.5}-seed{0,1,2}'
+SEEDS = '{constant-seed{0,1,2,3,4,5},linear-0.5-seed{0,1,2,6,7,8}}'
 
 
 class TooFew(Exception):
@@ -19,11 +21,27 @@ class TooFew(Exception):
 
 def _error(records: Records, augmented: bool = False) -> tuple[str, str]:
     """lower test error than constant depth, without augmentation"""
-    constant, stochastic = both = _both(records, 'error', augmented, least=2)
-    gain, error = fmean(constant) - fmean(stochastic), math.sqrt(sum(variance(each) / len(each) for each in both))
-    judged = 'yes' if gain > 2 * error else 'no' if gain < -2 * error else 'undecided'
+    constant, stochastic = _both(records, 'error', augmented, least=2)
     here = f'constant {_spread(constant)}, p_L = 0.5 {_spread(stochastic)} %'
-    return here, f'{judged}: {gain:+.2f} points, standard error {error:.2f}'
+    return here, _judged(*_gain(constant, stochastic))
+
+
+def _gain(worse: Sequence[float], better: Sequence[float]) -> tuple[float, float]:
+    """Difference of means, and its standard error, as of independent values."""
+    return fmean(worse) - fmean(better), math.sqrt(sum(variance(each) / len(each) for each in (worse, better)))
+
+
+def _judged(gain: float, error: float) -> str:
+    """By two standard errors."""
+    judged = 'yes' if gain > 2 * error else 'no' if gain < -2 * error else 'undecided'
+    return f'{judged}: {gain:+.2f} points, standard error {error:.2f}'
+
+
+def _error_of_one(records: Records) -> float:
+    """Standard error of the difference of two single cells: what seeds differ by, pooled, times the root of 2."""
+    groups = [[r.error for r in records.of(method)] for method in (CONSTANT, STOCHASTIC)]
+    spreads = [(variance(errors), len(errors) - 1) for errors in groups if len(errors) > 1]
+    return math.sqrt(2 * sum(v * n for v, n in _enough(spreads)) / sum(n for _, n in spreads))
 
 
 def _augmented_error(records: Records) -> tuple[str, str]:
@@ -33,9 +51,11 @@ def _augmented_error(records: Records) -> tuple[str, str]:
 
 def _curves(records: Records) -> tuple[str, str]:
     """constant depth ends with the lower training loss and the higher test error (Fig. 3)"""
-    (c_loss, s_loss), (c_error, s_error) = (map(fmean, _both(records, name)) for name in ('loss', 'error'))
-    here = f'loss {c_loss:.4f} and {s_loss:.4f}, error {c_error:.2f} and {s_error:.2f} %, without augmentation'
-    return here, ('no', 'in part', 'yes, by the means over seeds')[(c_loss < s_loss) + (c_error > s_error)]
+    losses, errors = (_both(records, name, least=2) for name in ('loss', 'error'))
+    (loss, loss_error), gain = _gain(*reversed(losses)), _gain(*errors)
+    here = f'loss {fmean(losses[0]):.4f} and {fmean(losses[1]):.4f}, {loss:+.4f}, standard error {loss_error:.4f}'
+    lower, verdict = loss > 2 * loss_error, _judged(*gain)
+    return f'{here}, without augmentation', f'loss {"yes" if lower else "undecided"}; error {verdict}'
 
 
 def _time(records: Records) -> tuple[str, str]:
@@ -45,7 +65,8 @@ def _time(records: Records) -> tuple[str, str]:
     share = network_cost(pairs[0][0].content['scale']['model'], SIZE, 0.5).expected_share
     here = f'{_spread(ratios, "pairs")} of the CPU time; share of FLOPs left {share:.3f}'
     verdict = f'{"yes" if max(ratios) < 1 else "no"}: {min(ratios):.2f} to {max(ratios):.2f}'
-    return here, f'{verdict}; {fmean(ratios) - share:+.3f} from the share of FLOPs'
+    error = stdev(ratios) / math.sqrt(len(ratios))
+    return here, f'{verdict}; {fmean(ratios) - share:+.3f} from the share of FLOPs, standard error {error:.3f}'
 
 
 def _depth(records: Records) -> tuple[str, str]:
@@ -69,6 +90,8 @@ def _gradient(records: Records) -> tuple[str, str]:
     verdict = 'yes' if min(stochastic) > max(constant) else 'no' if max(stochastic) < min(constant) else 'undecided'
     if ratios := [s.gradient / c.gradient for c, s in records.pairs()]:
         verdict += f': {min(ratios):.0f} to {max(ratios):.0f} times without augmentation, by seed'
+        if len(ratios) > 1:
+            verdict += f', standard error {stdev(ratios) / math.sqrt(len(ratios)):.0f}'
     return here, verdict
 
 
@@ -77,7 +100,8 @@ def _best_rate(records: Records) -> tuple[str, str]:
     errors = _enough(records.sweep('linear'), least=4)
     best = min(errors, key=lambda p_last: errors[p_last])
     here = ', '.join(f'{p_last:g}: {error:.2f} %' for p_last, error in errors.items())
-    return here, f'{"yes" if best == 0.5 else "no"}: best at {best:g}'
+    gain = min(error for p_last, error in errors.items() if p_last != 0.5) - errors[0.5]
+    return f'{here}; best at {best:g}', f'{_judged(gain, _error_of_one(records))}, to the next'
 
 
 def _schedules(records: Records) -> tuple[str, str]:
@@ -85,17 +109,20 @@ def _schedules(records: Records) -> tuple[str, str]:
     linear, uniform = records.sweep('linear'), records.sweep('uniform')
     both = {p_last: (linear[p_last], uniform[p_last]) for p_last in linear if p_last in uniform and p_last < 1}
     here = ', '.join(f'p_L = {p_last:g}: {l:.2f} against {u:.2f} %' for p_last, (l, u) in both.items())
-    return here, _counted('better', [l < u for l, u in both.values()])
+    error = _error_of_one(records)
+    verdict = _counted('better by two standard errors', [u - l > 2 * error for l, u in both.values()])
+    return here, f'{verdict}, standard error {error:.2f}'
 
 
 def _ensemble(records: Records) -> tuple[str, str]:
-    """an implicit ensemble: the whole net beats its sub-networks"""
+    """an implicit ensemble: the whole net, or an average of sub-networks, beats a sub-network"""
     analysis = _enough([record.analysis for record in records.of(STOCHASTIC) if record.analysis])[0]
     whole, averages = analysis['full'], analysis['averages']
     last = max(averages, key=int)
     single, many = fmean(averages['1']), fmean(averages[last])
     here = f'whole {whole:.2f} %, one sub-network {single:.2f} %, average of {last} {many:.2f} %'
-    return here, 'yes' if whole < single and many < single else 'no'
+    error = math.sqrt(2 * single * (100 - single) / TESTED)  # of test images; at most, for all see the same ones
+    return here, f'{_judged(single - min(whole, many), error)}; one network'
 
 
 def _removal(records: Records) -> tuple[str, str]:
@@ -106,8 +133,11 @@ def _removal(records: Records) -> tuple[str, str]:
     )
     shown = (n for n in ('1', '2', '4', '8') if n in constant)
     here = ', '.join(f'{n} removed: {constant[n]:+.1f} and {stochastic[n]:+.1f} points' for n in shown)
-    verdict = _counted('less', [stochastic[n] < constant[n] for n in constant])
-    return f'constant and p_L = 0.5; {here}', f'{verdict} numbers'
+    less = sum(stochastic[n] < constant[n] for n in constant)
+    return (
+        f'constant and p_L = 0.5; {here}',
+        f'undecided, one network of each: less at {less} of {len(constant)} numbers',
+    )
 
 
 def _enough(found: Any, least: int = 1) -> Any:
@@ -132,11 +162,11 @@ def _spread(values: Sequence[float], of: str = 'seeds') -> str:
 
 
 CLAIMS = (  # each with what the paper found, and the cells that it is about
-    (_error, 'CIFAR-10: 13.63 to 11.66 %', PAIRS),
+    (_error, 'CIFAR-10: 13.63 to 11.66 %', SEEDS),
     (_augmented_error, 'CIFAR-10+: 6.41 to 5.25 %', f'augmented-{PAIRS}'),
-    (_curves, 'so in the figure', PAIRS),
+    (_curves, 'so in the figure', SEEDS),
     (_time, '0.73 (15 h 07 of 20 h 42, CIFAR-10+)', f'{{augmented-,}}{PAIRS}'),
-    (_depth, 'L = 54: 40.25, by theory', '{augmented-,}linear-0.5-seed{0,1,2}'),
+    (_depth, 'L = 54: 40.25, by theory', '{augmented-linear-0.5-seed{0,1,2},linear-0.5-seed{0,1,2,6,7,8}}'),
     (_gradient, 'larger, no figure', f'{{augmented-,}}{PAIRS}'),
     (_best_rate, 'best near 0.5', '{constant,linear-0.2,linear-0.5,linear-0.8}-seed0'),
     (_schedules, 'linear better at every p_L', '{linear,uniform}-{0.2,0.5,0.8}-seed0'),

@@ -10,8 +10,9 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,41 +43,69 @@ def run(cells: Sequence[Cell], scale: Scale, script: Path, data: Path, work: Pat
     if not missing:
         return
     out.mkdir(parents=True, exist_ok=True)
-    work.mkdir(parents=True, exist_ok=True)
     waiting = [cell for cell in cells if cell.name in missing]
-    try:
-        with FileLock(work / 'lock', timeout=0):
-            write_fashion_mnist(work / 'images', images=scale.images, source=data)
-            write_fashion_mnist(work / 'images_padded', pad=4, images=scale.images, source=data)
-            with ThreadPoolExecutor(jobs) as pool:
-                finished = list(pool.map(lambda cell: _run_cell(cell, scale, script, work, out), waiting))
-    except Timeout as error:
-        raise RuntimeError(f'another study runs in {work}; give another --work') from error
-    if failed := [cell.name for cell, done in zip(waiting, finished) if not done]:
-        raise RuntimeError(f'failed: {", ".join(failed)}; the logs are in {work}')
+    with alone_in(work):
+        write_fashion_mnist(work / 'images', images=scale.images, source=data)
+        write_fashion_mnist(work / 'images_padded', pad=4, images=scale.images, source=data)
+        side_by_side(lambda cell: _run_cell(cell, scale, script, work, out), waiting, jobs, work)
 
 
 def _run_cell(cell: Cell, scale: Scale, script: Path, work: Path, out: Path) -> bool:
     """Did it end with a record?"""
-    print(f'{cell.name}: started', flush=True)
-    settings = {'cell': asdict(cell), 'scale': asdict(scale), 'parent': os.getpid()}
+    settings: dict[str, Any] = {'cell': asdict(cell), 'scale': asdict(scale)}
     settings |= {key: str(path.absolute()) for key, path in (('script', script), ('work', work), ('out', out))}
+
+    def result() -> str:
+        record = Records(out, [cell], scale).found[cell.name]
+        return f'test error {record.error:.2f} %, {record.seconds:.0f} CPU seconds in steps'
+
+    # There as `python train.py`: the clone's timm
+    return run_process(f'{__package__}.running', settings, cell.name, work, result, script.absolute().parent)
+
+
+@contextmanager
+def alone_in(work: Path) -> Iterator[None]:
+    """Make the folder; a RuntimeError where another study runs in it."""
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(work / 'lock', timeout=0):
+            yield
+    except Timeout as error:
+        raise RuntimeError(f'another study runs in {work}; give another --work') from error
+
+
+def side_by_side(run_cell: Callable[[Any], bool], cells: Sequence[Any], jobs: int, work: Path) -> None:
+    """Run all, `jobs` at once; a RuntimeError says which failed, after the others were finished."""
+    with ThreadPoolExecutor(jobs) as pool:
+        finished = list(pool.map(run_cell, cells))
+    if failed := [cell.name for cell, done in zip(cells, finished) if not done]:
+        raise RuntimeError(f'failed: {", ".join(failed)}; the logs are in {work}')
+
+
+def run_process(
+    module: str, settings: dict[str, Any], name: str, work: Path, result: Callable[[], str], cwd: Path | None = None
+) -> bool:
+    """Run a cell in a process of its own, one thread, with a log in `work`; did it end well?"""
+    print(f'{name}: started', flush=True)
+    settings = {**settings, 'parent': os.getpid()}
     python_path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get('PYTHONPATH'))))
-    with (work / f'{cell.name}.log').open('wb') as log:
+    with (work / f'{name}.log').open('wb') as log:
         process = subprocess.run(
-            [sys.executable, '-m', f'{__package__}.running', json.dumps(settings)],
-            cwd=script.absolute().parent,  # as `python train.py` there: the clone's timm
+            [sys.executable, '-m', module, json.dumps(settings)],
+            cwd=cwd,
             env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': python_path},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    result = f'failed, see {log.name}'
-    if process.returncode == 0:
-        record = Records(out, [cell], scale).found[cell.name]
-        result = f'test error {record.error:.2f} %, {record.seconds:.0f} CPU seconds in steps'
-    print(f'{cell.name}: {result}', flush=True)
+    print(f'{name}: {result() if process.returncode == 0 else f"failed, see {log.name}"}', flush=True)
     return process.returncode == 0
+
+
+def where_it_ran() -> dict[str, Any]:
+    """Versions and hardware, for a record."""
+    versions = {'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__}
+    return {'versions': versions, 'hardware': f'{platform.machine()}, one thread'}
 
 
 def main(settings: dict[str, Any]) -> None:
@@ -113,8 +142,7 @@ def main(settings: dict[str, Any]) -> None:
         'steps_per_epoch': steps,
         'block_runs': recorder.block_runs,
         'arguments': ' '.join(arguments),
-        'versions': {'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__},
-        'hardware': f'{platform.machine()}, one thread',
+        **where_it_ran(),
         'epochs': {name: [epoch.get(name) for epoch in recorder.epochs] for name in COLUMNS},
         'analysis': analyse(model, data, scale, cell.seed) if cell.analysed else None,
     }
