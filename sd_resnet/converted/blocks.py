@@ -18,8 +18,8 @@ from ..core.compiling import forward_by_mode, outside_compiler, own_code
 from ..core.draws import Draw, Window, draw, nothing_survives, simplified
 from ..core.drop_path import StochasticDepth
 from ..core.refusals import check_scriptable, check_takes_rows
-from ..core.scripting import copy_sharing_tensors
 from ..core.skipping import fork, fork_in_graph, join, join_in_graph, skip
+from ..resnets.scripting import copy_sharing_tensors
 from .draws import Draws
 from .private_api import share_hooks
 

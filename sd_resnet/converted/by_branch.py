@@ -16,9 +16,9 @@ from ..core.draws import UNIT, Window, draw_windows, simplified
 from ..core.drop_path import StochasticDepth
 from ..core.private_api import is_hooked, transforming
 from ..core.refusals import check_draws_on_host, check_takes_rows, check_traceable
-from ..core.scripting import copy_sharing_tensors
 from ..core.skipping import fork, fork_in_graph, join, join_in_graph
 from ..errors import one_line
+from ..resnets.scripting import copy_sharing_tensors
 from .additions import Rows
 from .blocks import Converted, ConvertedBlock
 from .private_api import remove_hooks

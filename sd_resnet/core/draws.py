@@ -113,8 +113,7 @@ def nothing_survives(b_l: Any) -> bool:
 
 def positions(batch: int, start: int | Tensor, device: torch.device) -> Tensor:
     """Of each row of a mini-batch in the window that begins at `start`, (N,)."""
-    position = torch.arange(batch, device=device) - start
-    return torch.where(position < 0, position + batch, position)  # a remainder takes longer than what it is fused with
+    return (torch.arange(batch, device=device) - start) % batch
 
 
 def many_ranks() -> bool:

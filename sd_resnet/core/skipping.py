@@ -227,8 +227,7 @@ class _ReLUInGraph(Function):
 
 def _index(batch: int, window: Window, device: torch.device) -> Tensor:
     """The window's rows, (k,)."""
-    row = torch.arange(window.rows, device=device) + window.start
-    return torch.where(row < batch, row, row - batch)
+    return (torch.arange(window.rows, device=device) + window.start) % batch
 
 
 def _placed(rows: Tensor, start: Tensor, alive: int | Tensor, batch: int) -> Tensor:

@@ -15,9 +15,9 @@ from ..core.draws import Draw, Window, draw, many_ranks, nothing_survives, simpl
 from ..core.drop_path import StochasticDepth
 from ..core.private_api import hooks_on_saved_tensors, is_hooked, version_of
 from ..core.refusals import check_draws_alone, check_takes_rows, check_traceable
-from ..core.scripting import scriptable_copy
 from ..core.skipping import fork, fork_in_graph, join, join_in_graph, rows_in, skip
 from . import paper_rescaling
+from .scripting import scriptable_copy
 
 Part = Callable[[str], Callable[..., Tensor]]  # a block's method by its name, compiled or not
 

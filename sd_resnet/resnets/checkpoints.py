@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from ..core.scripting import become_plain
 from ..errors import one_line
 from ..files import written_whole
 from .network import StochasticDepthNet
 from .resnet_imagenet import ARCHITECTURES, StochasticResNet
+from .scripting import become_plain
 
 NO_PLAIN_CIFAR = (
     'timm has no architecture for the CIFAR nets: folded, they are the same class at drop_path_rate=0, which needs '

@@ -14,9 +14,9 @@ from ..core.private_api import feature_take_indices
 from ..core.ramp import as_ramp
 from ..core.refusals import check_exportable, check_scriptable, check_sync
 from ..core.schedules import Schedule, expected_depth, survival_probs
-from ..core.scripting import scriptable_copy
 from .blocks import ResidualBlock
 from .paper_rescaling import check_rescale, last_norm, set_block
+from .scripting import scriptable_copy
 from .stages import Stage, blocks_in, runner
 
 

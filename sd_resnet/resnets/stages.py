@@ -14,8 +14,8 @@ from ..core.compiling import forward_by_mode, outside_compiler
 from ..core.draws import Draw
 from ..core.private_api import is_hooked
 from ..core.refusals import check_exportable, check_scriptable
-from ..core.scripting import Gate, become_plain, copy_sharing_tensors
 from .blocks import ResidualBlock
+from .scripting import Gate, become_plain, copy_sharing_tensors
 
 RAMP = 'drop_path_ramp'  # the ramp's name in a network
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .drop_path import StochasticDepth
+from ..core.drop_path import StochasticDepth
 
 ModuleT = TypeVar('ModuleT', bound=nn.Module)
 
