@@ -122,9 +122,8 @@ class _Join(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         out = ctx.saved_tensors[0] if ctx.relu else None
         if ctx.factor is None:  # fork will replace the window in grad
-            rows = rows_in(grad, ctx.window)
-            mask = None if out is None else rows_in(out, ctx.window)
-            return grad, rows if mask is None else _threshold(rows, mask, 0), None, None, None, None
+            rows = rows_in(grad, ctx.window) if out is None else _alive_rows_in(grad, out, ctx.window)
+            return grad, rows, None, None, None, None
         grad = grad if out is None else _threshold(grad, out, 0)
         rows = rows_in(grad, ctx.window)
         shortcut = grad if ctx.needs_input_grad[0] else None
@@ -137,6 +136,18 @@ def rows_in(x: Tensor, window: Any) -> Tensor:
     if wrapped <= 0:
         return x.narrow(0, window.start, window.rows)
     return torch.cat([x.narrow(0, window.start, window.rows - wrapped), x.narrow(0, 0, wrapped)])
+
+
+def _alive_rows_in(grad: Tensor, out: Tensor, window: Any) -> Tensor:
+    """The rows of the window in `grad`, 0 where `out` is; each piece of the window by itself, so that none is copied."""
+    first = grad.shape[0] - window.start
+    if first >= window.rows or torch.is_grad_enabled():
+        return _threshold(rows_in(grad, window), rows_in(out, window), 0)
+    rows = torch.empty_like(grad.narrow(0, 0, window.rows))
+    for piece, start in zip(rows.tensor_split([first]), (window.start, 0)):
+        inside = slice(start, start + piece.shape[0])
+        _threshold.grad_input(grad[inside], out[inside], 0, grad_input=piece)
+    return rows
 
 
 def _changed(x: Any, rows: Tensor, window: Any, factor: float | None, relu: bool = False, batch: int = 0) -> Tensor:
