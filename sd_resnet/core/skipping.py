@@ -139,7 +139,7 @@ def rows_in(x: Tensor, window: Any) -> Tensor:
 
 
 def _alive_rows_in(grad: Tensor, out: Tensor, window: Any) -> Tensor:
-    """The rows of the window in `grad`, 0 where `out` is; each piece of the window by itself, so that none is copied."""
+    """The rows of the window in `grad`, 0 where `out` is, written piece by piece where the window wraps."""
     first = grad.shape[0] - window.start
     if first >= window.rows or torch.is_grad_enabled():
         return _threshold(rows_in(grad, window), rows_in(out, window), 0)

@@ -15,6 +15,8 @@ from ..conftest import decide, images, make
 
 MODES = ('batch', 'row', 'subset')
 LIMIT_FAILS = 'fail_on_recompile_limit_hit'
+# Named, for importing timm.optim raises it to a million
+LIMIT = 'recompile_limit' if hasattr(torch._dynamo.config, 'recompile_limit') else 'cache_size_limit'
 limited = pytest.mark.skipif(
     not hasattr(torch._dynamo.config, LIMIT_FAILS), reason='this torch cannot be told to fail at its recompile limit'
 )
@@ -120,7 +122,7 @@ def test_batch_mode_has_one_graph_per_piece_of_work_and_never_another():
 def test_batch_mode_stays_below_the_recompile_limit_with_a_second(name, second):
     """Beside a last, smaller batch, and evaluation in between."""
     counted = Counted(make(name, train=True, drop_path_rate=0.2))
-    with torch._dynamo.config.patch({LIMIT_FAILS: True}):
+    with torch._dynamo.config.patch({LIMIT_FAILS: True, LIMIT: 8}):
         for again in (False, True):
             amp = torch.autocast('cpu', torch.bfloat16, enabled=again and second == 'precision')
             for batch in (4, 3):
@@ -134,10 +136,56 @@ def test_batch_mode_stays_below_the_recompile_limit_with_a_second(name, second):
 def test_blocks_that_always_survive_among_others_stay_below_the_recompile_limit():
     schedule = [1, 0.5] * 8  # the same block class in many shapes
     counted = Counted(make('sd_resnet50', train=True, drop_path_schedule=schedule, drop_path_rate=None))
-    with torch._dynamo.config.patch({LIMIT_FAILS: True}):
+    with torch._dynamo.config.patch({LIMIT_FAILS: True, LIMIT: 8}):
         for shape in ((3, 32), (2, 32), (3, 64)):
             counted.train(images(*shape), 5)
             counted.evaluate(images(*shape))
+
+
+def test_branches_of_many_shapes_have_static_shapes_each():
+    """The compiler knows a function's past inputs by its name: under a shared one, other shapes make symbols of all."""
+    counted = Counted(make('sd_resnet50', train=True))
+    counted.train(images(2), 20)
+    inputs = [node.meta['example_value'] for g in counted.graphs for node in g.graph.nodes if node.op == 'placeholder']
+    assert len(inputs) > 100
+    assert all(isinstance(value, torch.Tensor) for value in inputs)  # neither a number that changes
+    assert all(type(length) is int for value in inputs for length in value.shape)
+
+
+@pytest.mark.parametrize(('taken', 'outputs'), [(False, 1), (True, 2)])
+def test_a_stem_feature_that_nobody_takes_has_no_gradient(taken, outputs):
+    """It is the largest; as an output of a graph it would get one, of zeros, and keep a mask for it."""
+    model = make('sd_resnet50', train=True)
+    counted = Counted(model)
+    if taken:
+        model.forward = lambda x: model.forward_intermediates(x, intermediates_only=True)[0]
+        torch.compile(model, backend=counted._backend)(images(2))
+    else:
+        counted.train(images(2), 1)
+    assert len(counted.graphs[0](*_placeholders(counted.graphs[0]))) == outputs
+
+
+def _placeholders(graph):
+    return [
+        torch.empty_like(node.meta['example_value'], device='meta').fill_(0)
+        for node in graph.graph.nodes
+        if node.op == 'placeholder'
+    ]
+
+
+def test_compiled_subset_mode_keeps_no_boolean_mask_but_those_of_constant_depth():
+    """On a CPU one takes 20 times as long to write as the activation that it is of."""
+    assert _masks(drop_path_mode='subset') == _masks(drop_path_rate=0)
+
+
+def _masks(**settings):
+    """Shapes of the Boolean tensors, larger than one number a row, that a compiled training pass keeps for backward."""
+    compiled = torch.compile(make('sd_resnet50', train=True, **settings), backend='aot_eager_decomp_partition')
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        compiled(images(2)).sum().backward()
+    assert len(kept) > 100
+    return [tensor.shape for tensor in kept if tensor.dtype == torch.bool and tensor.numel() > 2]
 
 
 def _conversions(counted):
