@@ -14,7 +14,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core.compiling import forward_by_mode, outside_compiler, own_code
+from ..core.compiling import forward_by_mode, outside_compiler, own_code, warn_of_cuda_graphs
 from ..core.draws import Draw, Window, draw, nothing_survives, simplified
 from ..core.drop_path import StochasticDepth
 from ..core.refusals import check_scriptable, check_takes_rows
@@ -127,6 +127,7 @@ class UnitBlock(ConvertedBlock):
         else:
             drawn = self.draws.draw(self, x)
         if drop_path.runs_outside_compiler():
+            warn_of_cuda_graphs(x.device)
             out = self._forward_drawn_outside(x, args, kwargs, drawn, lambda name: partial(own_code(self, name), self))
         else:
             out = self._forward_drawn(x, args, kwargs, drawn, partial(getattr, self))

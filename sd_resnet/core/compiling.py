@@ -6,6 +6,7 @@ out of the compiler, and what they call is compiled frame by frame.
 """
 
 import itertools
+import warnings
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -14,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from .private_api import records_cuda_graphs
 from .refusals import check_exportable
 
 _count = itertools.count()
@@ -31,6 +33,21 @@ def with_own_code(function: Any) -> Any:
 def outside_compiler(function: Any) -> Any:
     """Decorates a method whose own frame is not compiled, while the functions that it calls are."""
     return torch.compiler.disable(with_own_code(function), recursive=False)
+
+
+_records_cuda_graphs = outside_compiler(records_cuda_graphs)
+
+
+@outside_compiler
+def warn_of_cuda_graphs(device: torch.device) -> None:
+    """Say, in a frame that uses draws, why its graphs had better be no CUDA graphs."""
+    if device.type == 'cuda' and _records_cuda_graphs():
+        warnings.warn(
+            "drop_path_mode='batch', and any mode with drop_path_ramp, under torch.compile with CUDA graphs (mode="
+            "'reduce-overhead' or 'max-autotune'): each outcome of the draws is recorded anew, in time and memory; use "
+            "drop_path_mode='subset' without a ramp, or torch.compile without that mode",
+            stacklevel=2,
+        )
 
 
 class forward_by_mode(property):

@@ -57,6 +57,14 @@ def exporting() -> bool:
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling() if told is None else told
 
 
+def records_cuda_graphs() -> bool:
+    """Does the compiler around this frame, which it skips, record CUDA graphs? With torch 2.5 it is not seen."""
+    compiler: Any = getattr(torch._C._dynamo.eval_frame, 'get_eval_frame_callback', lambda: None)()
+    while inner := getattr(compiler, '_torchdynamo_orig_backend', None):
+        compiler = inner
+    return bool((getattr(compiler, 'config', None) or {}).get('triton.cudagraphs'))
+
+
 def is_replica(module: nn.Module) -> bool:
     """Is it one of `DataParallel`'s copies, which live for one forward pass?"""
     return getattr(module, '_is_replica', False)

@@ -7,7 +7,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from ..core.compiling import outside_compiler
+from ..core.compiling import outside_compiler, warn_of_cuda_graphs
 from ..core.draws import Draw, SharedGenerator, draw, ranks_share, takes_gradients
 from ..core.drop_path import StochasticDepth, derived
 from ..core.private_api import feature_take_indices
@@ -157,6 +157,7 @@ class StochasticDepthNet(nn.Module):
         outside = self.runs_outside_compiler()
         if outside:
             check_exportable()
+            warn_of_cuda_graphs(x.device)
         return (self._stages_outside if outside else self._stages)(x, taken, last)
 
     def _stages(self, x: Tensor, taken: Sequence[int], last: int | None) -> tuple[Any, list[Any]]:

@@ -6,9 +6,14 @@ Here breaks, for whoever compiles: silent recompilation until torch's limit, aft
 import copy
 
 import pytest
+import timm
 import torch
 from torch import nn
 
+from sd_resnet import convert
+from sd_resnet.converted import blocks
+from sd_resnet.core import compiling
+from sd_resnet.resnets import network
 from sd_resnet.resnets.resnet_cifar import StochasticCifarResNet
 
 from ..conftest import decide, images, make
@@ -294,3 +299,21 @@ def test_features_are_one_graph(mode, training):
     model = make('sd_resnet20_cifar', features_only=True, drop_path_mode=mode).train(training)
     compiled = torch.compile(model, backend='eager', fullgraph=True)
     assert len(compiled(images(2, size=32))) == 4
+
+
+@pytest.mark.parametrize('converted', [False, True])
+@pytest.mark.parametrize(('compile_mode', 'warned'), [('reduce-overhead', True), ('default', False)])
+def test_batch_mode_under_cuda_graphs_says_what_they_cost(converted, compile_mode, warned, monkeypatch):
+    """Whoever asks for them would see memory and time grow with every new outcome of the draws, and not know why."""
+    seen = []
+    monkeypatch.setattr(compiling.warnings, 'warn', lambda message, **_: seen.append(message))
+    told = compiling.warn_of_cuda_graphs
+    for module in (network, blocks):  # as if the images were on a GPU
+        monkeypatch.setattr(module, 'warn_of_cuda_graphs', lambda device: told(torch.device('cuda')))
+    model = make('sd_resnet20_cifar', train=True)
+    if converted:
+        model = timm.create_model('vit_tiny_patch16_224', depth=2, embed_dim=48, num_heads=3, img_size=32).train()
+        convert(model, 0.5, mode='batch')
+    compiled = torch.compile(model, mode=compile_mode)
+    compiled(images(2))
+    assert bool([message for message in seen if 'CUDA graphs' in message]) == warned
