@@ -154,6 +154,9 @@ def run(settings: Settings, progress: bool = True) -> list[Race]:
         cost = costs[model, size, rate] = network_cost(model, size, rate, settings.schedule)
         if rate and cost.expected_share == 1:
             raise ValueError(f'model must have blocks that drop at rate {rate} and this schedule, got {model!r}')
+    for model in settings.models if settings.peers else ():
+        if not timm.is_model(model.removeprefix('sd_')):
+            raise ValueError(f'model must be a network of timm, to be measured beside peers, got {model!r}')
     races = []
     for model, batch, size, rate in product(settings.models, settings.batches, settings.sizes, settings.rates):
         cost = costs[model, size, rate]

@@ -54,10 +54,11 @@ def table(settings: Settings, races: Sequence[Race]) -> str:
         for name, figures in own:
             cells = [format(figures[each], _COLUMNS[each]) if each in figures else '-' for each in columns]
             lines.append(_row(f'  {name}', cells))
-    groups = _grouped(races, 'model', 'batch', 'size') if settings.steps and len(settings.rates) > 2 else {}
+    skips = [mode for mode in settings.modes if mode != 'row']
+    groups = _grouped(races, 'model', 'batch', 'size') if skips and settings.steps and len(settings.rates) > 2 else {}
     lines += [''] * bool(groups)
     for group in groups.values():
-        said = ', '.join(f'{mode} {break_even(group, mode)}' for mode in settings.modes if mode != 'row')
+        said = ', '.join(f'{mode} {break_even(group, mode)}' for mode in skips)
         lines.append(f'break-even of {_title(group[0], ("rate",))}: {said}')
     return '\n'.join((*lines, _LEGEND + _BREAK_EVEN * bool(groups)))
 

@@ -145,8 +145,8 @@ def _count(text: str) -> int:
 def _output_file(text: str) -> Path:
     """A file that is written after much work: that its folder is there is seen before."""
     path = Path(text)
-    if not path.absolute().parent.is_dir():
-        raise ArgumentTypeError(f'must be in a folder that exists, got {text!r}')
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise ArgumentTypeError(f'must be a file in a folder that exists, got {text!r}')
     return path
 
 

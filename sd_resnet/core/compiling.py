@@ -21,10 +21,13 @@ from .refusals import check_exportable
 _count = itertools.count()
 
 
-def with_own_code(function: Any) -> Any:
-    """The same function with a code object of its own, by which the compiler knows a function."""
-    name = f'{function.__name__}_{next(_count)}'
-    code = function.__code__.replace(co_name=name)
+def with_own_code(function: Any, named: bool = False) -> Any:
+    """The same function with a code object of its own, by which the compiler counts what it compiles of it.
+
+    If that is `named`, too, no other function's past inputs count as its own: their shapes would become symbols.
+    """
+    name = function.__name__
+    code = function.__code__.replace(co_name=f'{name}_{next(_count)}' if named else name)
     copy = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
     copy.__kwdefaults__, copy.__annotations__ = function.__kwdefaults__, function.__annotations__
     return copy
@@ -94,5 +97,5 @@ def own_code(module: nn.Module, method: str) -> Callable[..., Any]:
     """
     functions = _own_functions.setdefault(module, {})
     if method not in functions:
-        functions[method] = with_own_code(getattr(type(module), method))
+        functions[method] = with_own_code(getattr(type(module), method), named=True)
     return functions[method]

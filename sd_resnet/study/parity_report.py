@@ -4,6 +4,7 @@ Whatever cells are there are used; what is missing is named.
 """
 
 from collections.abc import Sequence
+from math import hypot
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -53,10 +54,10 @@ def write_parity(parity: Parity) -> tuple[Path, Path]:
     if not parity.found:
         raise ValueError(f'{parity.folder} holds no record of a cell; run some with {COMMAND} parity first')
     picture, page = parity.folder / 'parity.png', parity.folder.parent / 'parity.md'
-    _plot(parity, picture)
     parts = [_preface(parity), f'![Test error over training time]({parity.folder.name}/{picture.name})']
     for name, network in NETWORKS.items():
         parts += [f'## {network.title}: {parity.scale.epochs[name]} epochs', *_sections(parity, name)]
+    _plot(parity, picture)
     page.write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
     return page, picture
 
@@ -72,11 +73,14 @@ Written by `{COMMAND} parity --report` from the records in `{folder}/`. Three sm
 the last epoch. `sd_resnet/study/parity.py` states the recipe and what was fixed before. No two cells share a seed.
 
 - Test error: mean ± standard error over seeds, in percent. Differences are in points, with 95 % intervals of Welch's t
-  test for unequal variances (`scipy.stats.ttest_ind`), each for itself, not corrected for their number.
-- Training time: CPU seconds of the training steps, in one thread: forward, backward and the optimiser's step.
+  test for unequal variances (`scipy.stats.ttest_ind`), each for itself, not corrected for their number. They are over
+  seeds: of weights, order, augmentation and draws. All cells train and are tested on the same images.
+- Training time: CPU seconds of the training steps, in one thread: forward, backward and the optimiser's step. Two cells
+  ran side by side, at times with other work beside them. Shares are of means, ± standard error.
 - Bytes: what a training step keeps for backward, parameters excluded; where the rate falls, in the end.
 - Rates are those of the last block, by timm's rule: half of it on average over the blocks. The rate was chosen on
-  {scale.held_out:,} other training images, for timm's drop path.{missing}"""
+  {scale.held_out:,} other training images, for timm's drop path, by one cell for each rate.
+- The CIFAR net is none of timm's: there timm's drop path is row mode, the same mask, timed here.{missing}"""
 
 
 def _sections(parity: Parity, network: str) -> list[str]:
@@ -95,7 +99,12 @@ def _arms(arms: dict[str, list[dict[str, Any]]]) -> str:
     }
 
     def share(name: str, arm: str, of: str) -> str:
-        return f'{means[name][arm] / means[name][of]:.2f}' if of in arms else ''
+        if of not in arms:
+            return ''
+        of_both = [list(map(MEASURES[name], arms[each])) for each in (arm, of)]
+        relative = [stdev(each) / len(each) ** 0.5 / fmean(each) for each in of_both if len(each) > 1 and arm != of]
+        ratio = fmean(of_both[0]) / fmean(of_both[1])
+        return f'{ratio:.2f}' + (f' ± {ratio * hypot(*relative):.2f}' if len(relative) == 2 else '')
 
     header = (
         *('', 'rate', 'seeds', 'test error (%)', 'last training loss', 'CPU seconds'),

@@ -82,6 +82,7 @@ def main(settings: dict[str, Any]) -> None:
         **asdict(cell),
         'rate_used': rate,
         'seed': cell.seed,
+        'recipe': cell.recipe,
         'scale': asdict(scale),
         'model': training.name,
         'tested_on': 'held-out training images' if cell.arm == SEARCH else 'test images',

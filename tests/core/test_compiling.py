@@ -301,6 +301,10 @@ def test_features_are_one_graph(mode, training):
     assert len(compiled(images(2, size=32))) == 4
 
 
+@pytest.mark.skipif(
+    not hasattr(torch._C._dynamo.eval_frame, 'get_eval_frame_callback'),
+    reason='this torch does not tell which compiler is at work',
+)
 @pytest.mark.parametrize('converted', [False, True])
 @pytest.mark.parametrize(('compile_mode', 'warned'), [('reduce-overhead', True), ('default', False)])
 def test_batch_mode_under_cuda_graphs_says_what_they_cost(converted, compile_mode, warned, monkeypatch):
