@@ -39,6 +39,7 @@ def made_up(cell, scale=SMALL):
         **dataclasses.asdict(cell),
         'rate_used': rate,
         'seed': cell.seed,
+        'recipe': cell.recipe,
         'scale': dataclasses.asdict(scale),
         'error': error,
         'saved_bytes': 1000.0 * seconds,
@@ -177,7 +178,7 @@ def test_the_page_from_made_up_records(tmp_path):
     assert text.count("timm's drop path helped (+1.") == 3
     assert text.count("Subset mode cannot be told from timm's drop path (-") == 3
     assert text.count("Batch mode errs more than timm's drop path (+0.") == 3
-    assert '| subset mode | 0.4 | 4 | 13.10 ± 0.06 | 0.250 | 24 | 0.80 | 0.80 | 0.80 | 0.80 |' in text
+    assert '| subset mode | 0.4 | 4 | 13.10 ± 0.06 | 0.250 | 24 | 0.80 ± 0.00 | 0.80 ± 0.00 | 0.80 ± 0.00 | 0.80 ± 0.00 |' in text
     assert '| subset mode, falling rate | 0.8 |' in text
     assert 'by rate: 0.2: 14.00 %, 0.4: 12.00 %, 0.6: 14.00 %; chosen: 0.4.' in text
     assert 'Missing' not in text
@@ -223,6 +224,7 @@ def test_records_of_something_else_are_named(tmp_path, fashion, capsys):
         ('{', 'vit-none-0.json is damaged'),
         ('[]', 'vit-none-0.json is not a record of vit-none-0'),
         (good.replace('"repeat": 0', '"repeat": 1'), 'vit-none-0.json is not a record of vit-none-0'),
+        (good.replace('"opt": "adamw"', '"opt": "sgd"'), 'vit-none-0.json is not a record of vit-none-0'),
         (good.replace('"images": 2000', '"images": 200'), 'a record of another scale'),
     ):
         path.write_text(wrong)
