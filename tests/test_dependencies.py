@@ -15,7 +15,7 @@ else:
 
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
 # Packages that are installed under another name than they are imported by.
-DISTRIBUTIONS = {'PIL': 'pillow', 'sklearn': 'scikit-learn', 'yaml': 'pyyaml'}
+DISTRIBUTIONS = {'PIL': 'pillow', 'functorch': 'torch', 'sklearn': 'scikit-learn', 'yaml': 'pyyaml'}
 # Extras of those who use the package; the others are for those who change it.
 FOR_USERS = ('plot', 'quickstart')
 AUTOLOAD = '_sd_resnet_autoload'
