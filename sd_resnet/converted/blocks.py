@@ -127,7 +127,7 @@ class UnitBlock(ConvertedBlock):
         else:
             drawn = self.draws.draw(self, x)
         if drop_path.runs_outside_compiler():
-            warn_of_cuda_graphs(x.device)
+            warn_of_cuda_graphs(x)
             out = self._forward_drawn_outside(x, args, kwargs, drawn, lambda name: partial(own_code(self, name), self))
         else:
             out = self._forward_drawn(x, args, kwargs, drawn, partial(getattr, self))

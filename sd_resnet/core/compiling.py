@@ -42,9 +42,9 @@ _records_cuda_graphs = outside_compiler(records_cuda_graphs)
 
 
 @outside_compiler
-def warn_of_cuda_graphs(device: torch.device) -> None:
+def warn_of_cuda_graphs(x: Any) -> None:
     """Say, in a frame that uses draws, why its graphs had better be no CUDA graphs."""
-    if device.type == 'cuda' and _records_cuda_graphs():
+    if isinstance(x, torch.Tensor) and x.is_cuda and _records_cuda_graphs():  # `torch.fx` traces with a Proxy
         warnings.warn(
             "drop_path_mode='batch', and any mode with drop_path_ramp, under torch.compile with CUDA graphs (mode="
             "'reduce-overhead' or 'max-autotune'): each outcome of the draws is recorded anew, in time and memory; use "

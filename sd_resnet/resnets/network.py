@@ -157,7 +157,7 @@ class StochasticDepthNet(nn.Module):
         outside = self.runs_outside_compiler()
         if outside:
             check_exportable()
-            warn_of_cuda_graphs(x.device)
+            warn_of_cuda_graphs(x)
         return (self._stages_outside if outside else self._stages)(x, taken, last)
 
     def _stages(self, x: Tensor, taken: Sequence[int], last: int | None) -> tuple[Any, list[Any]]:

@@ -193,6 +193,10 @@ def _masks(**settings):
     return [tensor.shape for tensor in kept if tensor.dtype == torch.bool and tensor.numel() > 2]
 
 
+class OnCuda(torch.Tensor):
+    is_cuda = True
+
+
 def _conversions(counted):
     """Changes of memory format in the graphs."""
     nodes = [node for graph in counted.graphs for node in graph.graph.nodes]
@@ -310,10 +314,10 @@ def test_features_are_one_graph(mode, training):
 def test_batch_mode_under_cuda_graphs_says_what_they_cost(converted, compile_mode, warned, monkeypatch):
     """Whoever asks for them would see memory and time grow with every new outcome of the draws, and not know why."""
     seen = []
-    monkeypatch.setattr(compiling.warnings, 'warn', lambda message, **_: seen.append(message))
+    monkeypatch.setattr(compiling.warnings, 'warn', lambda message, *_, **__: seen.append(str(message)))
     told = compiling.warn_of_cuda_graphs
     for module in (network, blocks):  # as if the images were on a GPU
-        monkeypatch.setattr(module, 'warn_of_cuda_graphs', lambda device: told(torch.device('cuda')))
+        monkeypatch.setattr(module, 'warn_of_cuda_graphs', lambda x: told(OnCuda()))
     model = make('sd_resnet20_cifar', train=True)
     if converted:
         model = timm.create_model('vit_tiny_patch16_224', depth=2, embed_dim=48, num_heads=3, img_size=32).train()

@@ -178,7 +178,10 @@ def test_the_page_from_made_up_records(tmp_path):
     assert text.count("timm's drop path helped (+1.") == 3
     assert text.count("Subset mode cannot be told from timm's drop path (-") == 3
     assert text.count("Batch mode errs more than timm's drop path (+0.") == 3
-    assert '| subset mode | 0.4 | 4 | 13.10 ± 0.06 | 0.250 | 24 | 0.80 ± 0.00 | 0.80 ± 0.00 | 0.80 ± 0.00 | 0.80 ± 0.00 |' in text
+    assert (
+        '| subset mode | 0.4 | 4 | 13.10 ± 0.06 | 0.250 | 24 | 0.80 ± 0.00 | 0.80 ± 0.00 | 0.80 ± 0.00 | 0.80 ± 0.00 |'
+        in text
+    )
     assert '| subset mode, falling rate | 0.8 |' in text
     assert 'by rate: 0.2: 14.00 %, 0.4: 12.00 %, 0.6: 14.00 %; chosen: 0.4.' in text
     assert 'Missing' not in text
