@@ -15,7 +15,7 @@ from ..core.draws import Draw, Window, draw, many_ranks, nothing_survives, simpl
 from ..core.drop_path import StochasticDepth
 from ..core.private_api import hooks_on_saved_tensors, is_hooked, version_of
 from ..core.refusals import check_draws_alone, check_takes_rows, check_traceable
-from ..core.skipping import fork, fork_in_graph, join, join_in_graph, rows_in, skip
+from ..core.skipping import fork, fork_in_graph, join, join_in_graph, relu_in_graph, rows_in, skip
 from . import paper_rescaling
 from .scripting import scriptable_copy
 
@@ -122,7 +122,9 @@ class ResidualBlock(nn.Module):
                 return out if relu else self.activate(out)
             return self._forward_rows(x, b_l, factor, after_relu and relu, part)
         if isinstance(b_l, Tensor):
-            return part('activate')(part('masked_sum')(x, b_l, factor))
+            out = part('masked_sum')(x, b_l, factor)
+            in_subset_graph = relu and self.drop_path.mode == 'subset' and torch.compiler.is_compiling()
+            return relu_in_graph(out) if in_subset_graph else part('activate')(out)
         if b_l:
             return part('activate')(part('sum')(x, factor))
         if self.downsample is not None:

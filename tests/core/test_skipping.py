@@ -6,7 +6,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from sd_resnet.core import private_api
 from sd_resnet.core.draws import Window
-from sd_resnet.core.skipping import fork, fork_in_graph, join, join_in_graph, skip
+from sd_resnet.core.skipping import fork, fork_in_graph, join, join_in_graph, relu_in_graph, skip
 from sd_resnet.resnets.blocks import gathered_again
 
 again = pytest.mark.skipif(private_api._top_hooks is None, reason='this torch does not tell which hooks are active')
@@ -172,3 +172,12 @@ def test_a_weight_that_is_changed_before_backward_is_noticed():
         conv.weight.mul_(2)
     with pytest.raises(RuntimeError, match='modified by an inplace operation'):
         out.sum().backward()
+
+
+def test_a_compiled_relu_passes_the_gradients_of_torchs():
+    x = torch.tensor([-1.0, 0.0, 2.0, 3.0], requires_grad=True)
+    grad = torch.tensor([1.0, 2.0, torch.inf, -3.0])
+    out, expected = relu_in_graph(x), x.relu()
+    torch.testing.assert_close(out, expected)
+    ours, theirs = torch.autograd.grad(out, x, grad), torch.autograd.grad(expected, x, grad)
+    assert torch.equal(*ours, *theirs)
