@@ -21,7 +21,7 @@ from ..core.refusals import check_scriptable, check_takes_rows
 from ..core.skipping import fork, fork_in_graph, join, join_in_graph, skip
 from ..resnets.scripting import copy_sharing_tensors
 from .draws import Draws
-from .private_api import share_hooks
+from .private_api import keep_shape, share_hooks
 
 
 class BlockDropPath(StochasticDepth):
@@ -129,6 +129,7 @@ class UnitBlock(ConvertedBlock):
         if drop_path.runs_outside_compiler():
             warn_of_cuda_graphs(x)
             out = self._forward_drawn_outside(x, args, kwargs, drawn, lambda name: partial(own_code(self, name), self))
+            keep_shape(out)
         else:
             out = self._forward_drawn(x, args, kwargs, drawn, partial(getattr, self))
         return (out, *self.further) if self.further is not None and isinstance(out, Tensor) else out

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from timm.models import DefaultCfg, PretrainedCfg, _registry, generate_default_cfgs, get_arch_pretrained_cfgs
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves as tree_leaves  # all tensors in what a module returns
@@ -53,3 +54,13 @@ def pretrained_cfgs(architecture: str) -> DefaultCfg:
         return DefaultCfg()
     named = {tag: cfgs[f'{architecture}.{tag}' if tag else architecture] for tag in known.tags}
     return DefaultCfg(known.tags, named, known.is_pretrained)
+
+
+def keep_shape(x: Any) -> None:
+    """Let no length of this tensor, (N, ...), but N become a symbol in the compiler around this frame, which it skips.
+
+    Frames of a network between blocks share their code, so several shapes of `x` would be one of symbols, which torch's
+    code generator cannot compile in some networks (ConvNeXt).
+    """
+    if isinstance(x, Tensor):
+        torch._dynamo.mark_static(x, [*range(1, x.dim())])

@@ -64,7 +64,7 @@ class StochasticDepth(DropPath):
 
     @property
     def drop_prob(self) -> float:
-        """1 - p_l, under timm's name. Assigning it acts as in timm."""
+        """1 - p_l, in [0, 1), under timm's name. Assigning it acts as in timm; an AttributeError where a ramp does."""
         return 1 - self.p_l
 
     @drop_prob.setter

@@ -20,6 +20,8 @@ KINDS = ('warmup', 'early', 'late', 'decay')
 class DropPathRamp(nn.Module):
     """Multiplies every block's rate, 1 - p_l, by a factor that depends on the number of training steps so far.
 
+    Early, late and decay are those of Liu et al. (arxiv.org/abs/2303.01500).
+
     A step is one forward pass of the network in training mode, with gradients; of a converted one, of its first block
     that trains. `steps_done` alone decides, so that no step waits for a device; the state dict has it as a scalar,
     `step`, which survives timm's `--resume`. Who starts anew drops the key, or sets `steps_done` to 0.
@@ -27,8 +29,11 @@ class DropPathRamp(nn.Module):
     Args:
         kind: `'warmup'`, from 0 up to the whole rate in equal steps; `'early'`, on, then off; `'late'`, off, then on;
             `'decay'`, from the whole rate down to 0 in equal steps.
-        steps: When the warm-up or decay ends, or drop path is switched; at least 1, else a ValueError, as for `kind`.
+        steps: When the warm-up or decay ends, or drop path is switched; at least 1.
         device: Device of the travelling scalar.
+
+    Raises:
+        ValueError: `kind` is none of these, or `steps` no whole number of at least 1.
     """
 
     __jit_unused_properties__ = ('factor',)

@@ -571,3 +571,13 @@ def test_batch_mode_compiles_to_a_bounded_number_of_graphs(name, caplog):
         counts.append(len(graphs))
     assert counts[-1] == counts[14], counts
     assert 'recompile_limit' not in caplog.text
+    assert _symbolic_dims(graphs) == set()  # where several stages run the same code, they would be symbols
+    compiled(x[:3])
+    assert _symbolic_dims(graphs) <= {0}
+
+
+def _symbolic_dims(graphs):
+    """Those of the inputs, tensors, whose length is no plain number."""
+    inputs = [node.meta['example_value'] for g in graphs for node in g.graph.nodes if node.op == 'placeholder']
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    return {d for tensor in tensors for d, n in enumerate(tensor.shape) if type(n) is not int}
