@@ -56,6 +56,7 @@ def pretrained_cfgs(architecture: str) -> DefaultCfg:
     return DefaultCfg(known.tags, named, known.is_pretrained)
 
 
+@torch.compiler.disable
 def keep_shape(x: Any) -> None:
     """Let no length of this tensor, (N, ...), but N become a symbol in the compiler around this frame, which it skips.
 
