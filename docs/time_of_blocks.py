@@ -1,4 +1,4 @@
-"""How much shorter should a step be? `python docs/time_of_blocks.py > docs/time_of_blocks.txt`
+"""How much shorter should a step be? `python -m docs.time_of_blocks > docs/results/time_of_blocks.txt`
 
 The study's CPU time at p_L = 0.5 is above its share of FLOPs. FLOPs are not time: here the time of each stage is
 measured, as what a training step gains when none of its blocks runs, with the study's settings and one thread. How

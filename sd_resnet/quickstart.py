@@ -25,13 +25,13 @@ from tqdm import tqdm
 from .analysis.runs import read_run
 from .figures import KEPT, OTHER, PROBABILITY, figure_class, new_figure, save_figure
 from .files import written_whole
-from .hub.card import OWNER, draw_training
+from .hub.card import draw_training
 from .hub.repository import write_repository
 from .resnets.checkpoints import read_checkpoint
 
 ARCHITECTURE = 'sd_resnet20_cifar'
 RUNS: Any = (('stochastic depth', 'run', {}), ('constant depth', 'run_constant', {'drop_path_rate': 0.0}))
-REPO_ID = f'{OWNER}/{ARCHITECTURE}.digits'
+NAME = f'{ARCHITECTURE}.digits'
 IMAGES = 1797
 SIZE = 16  # pixels; the digits have 8, and 32 would cost four times as much without being more accurate
 OPTIMIZER: dict[str, Any] = dict(opt='sgd', lr=0.05, momentum=0.9, weight_decay=5e-4)
@@ -74,7 +74,7 @@ def run(
     finally:
         torch.set_num_threads(threads)
 
-    repository = write_repository(read_run(out / 'run'), out / 'hub', REPO_ID, license='apache-2.0')
+    repository = write_repository(read_run(out / 'run'), out / 'hub', NAME, license='apache-2.0')
     loaded = timm.create_model(f'local-dir:{repository}', pretrained=True)
     test = _loader(data, train=False)
     (logits, labels), (logits_again, _) = (predict(each, test) for each in (trained['stochastic depth'][0], loaded))
@@ -90,7 +90,7 @@ def run(
     print(f'test accuracy {before:.2f} %\nafter reloading {after:.2f} %')
     print(f'\npicture    {out / "quickstart.png"}\nweights    {repository}')
     print(f"load them  timm.create_model('local-dir:{repository}', pretrained=True)")
-    print(f'publish    sd-resnet push {out / "run"} --repo-id {REPO_ID}')
+    print(f'publish    sd-resnet push {out / "run"} --repo-id USER/{NAME}')
     print(f"\nnext, in a clone of timm's repository:\n{train_command(data, epochs)}")
 
 

@@ -136,6 +136,29 @@ def git_hash(content):
     return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
 
 
+def faults_of(metadata):
+    """What the Hub refuses in a card's metadata, as far as its specification says, hub-docs' `modelcard.md`."""
+    if metadata.get('license', 'other') not in LICENCES:
+        yield '"license" must be one of [...]'
+    for key in ('library_name', 'pipeline_tag'):
+        if not isinstance(metadata.get(key, ''), str):
+            yield f'"{key}" must be a string'
+    for key in ('tags', 'datasets', 'metrics', 'base_model'):
+        values = metadata.get(key, [])
+        if not all(isinstance(value, str) for value in (values if isinstance(values, list) else [values])):
+            yield f'"{key}" must be a string or an array of strings'
+    for index, model in enumerate(metadata.get('model-index', [])):
+        if not isinstance(model.get('name'), str):
+            yield f'"model-index[{index}].name" is required'
+        for result in model.get('results') or [{}]:
+            for holder, keys in (('task', ['type']), ('dataset', ['type', 'name'])):
+                missing = [key for key in keys if not isinstance((result.get(holder) or {}).get(key), str)]
+                yield from (f'"model-index[{index}].results.{holder}.{key}" is required' for key in missing)
+            for metric in result.get('metrics') or [{}]:
+                missing = [key for key in ('type', 'value') if metric.get(key) is None]
+                yield from (f'"model-index[{index}].results.metrics.{key}" is required' for key in missing)
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
     hub: Hub
@@ -251,12 +274,11 @@ class Handler(BaseHTTPRequestHandler):
         match = re.match(r'---\n(.*?)\n---\n', content, re.S)
         try:
             found = yaml.safe_load(match.group(1)) if match else None
-            errors = [] if isinstance(found, dict) else [{'message': 'the card has no metadata'}]
-            if not errors and found.get('license', 'other') not in LICENCES:
-                errors = [{'message': '"license" must be one of [...]'}]
+            errors = [*faults_of(found)] if isinstance(found, dict) else ['the card has no metadata']
         except yaml.YAMLError as error:
-            errors = [{'message': str(error)}]
-        self.answer({'errors': errors, 'warnings': []}, 400 if errors else 200)
+            errors = [str(error)]
+        answer = {'errors': [{'message': error} for error in errors], 'warnings': []}
+        self.answer(answer, 400 if errors else 200)
 
     def preupload(self, repo_id, branch):
         repo = self.repo(repo_id, write=True)

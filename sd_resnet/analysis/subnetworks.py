@@ -19,9 +19,10 @@ from .networks import Network, network_of
 def subnetwork(model: nn.Module, keep: Sequence[int] | None = None, depth: int | None = None) -> Any:
     """A copy with some of the residual blocks, as an ordinary network that drops nothing.
 
-    Survival probabilities are folded into the blocks that stay. What was timm's ResNet is timm's ResNet again, a
-    converted network is timm's own; the CIFAR nets, which timm does not have, stay what they are, at rate 0. The
-    statistics of BatchNorm are those of the whole network: estimate them anew where there are any.
+    Every draw trains one of 2^L such (Huang et al., section 3). Survival probabilities are folded into the blocks that
+    stay. What was timm's ResNet is timm's ResNet again, a converted network is timm's own; the CIFAR nets, which timm
+    does not have, stay what they are, at rate 0. The statistics of BatchNorm are those of the whole network: estimate
+    them anew where there are any.
 
     For ResNets, ViT and ConvNeXt, `_model_args` holds what `timm.create_model` builds a network of that size with. Of
     others only the object is there, without it: a shorter Swin, for example, shifts other windows.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain, product
 from timeit import timeit
+from types import MethodType
 from typing import Any
 
 import timm
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from ..analysis.costs import NetworkCost, network_cost, size_args
 from ..analysis.networks import network_of
 from ..converted.trial import find_slots
+from ..core.compiling import with_own_code
 from ..core.refusals import MODES
 from ..core.schedules import Schedule
 from .peers import BLOCKS, COMPOSER, expected_shares, on_forward, peer_networks
@@ -249,6 +251,9 @@ class _Training:
         self.device, self.amp = torch.device(settings.device), settings.amp
         self.network = network.to(self.device, memory_format=layout).train()  # type: ignore[call-overload]
         self.images, self.labels = images.to(self.device, memory_format=layout), labels.to(self.device)
+        if settings.compile:  # torch gives up on a frame by its code: not on that of the others of its class, too
+            forward: Any = network.forward
+            network.forward = MethodType(with_own_code(forward.__func__), network)
         self.call: Any = torch.compile(network) if settings.compile else network
         self.optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
 

@@ -58,7 +58,7 @@ def _parser() -> ArgumentParser:
     add('--drop-path', type=float, metavar='RATE', help="1 - p_L, in [0, 1) (the model's)")
     add('--schedule', type=_schedule, metavar='NAME|LIST', help='linear, uniform, timm, 1,0.5 or [p_1, ...]')
     add('--img-size', type=_positive, metavar='PX', help="height and width (the model's)")
-    add('--plot', type=_output_file, metavar='FILE', help='draw them, too')
+    add('--plot', type=_picture, metavar='FILE', help='draw them, too')
 
     example = '--model sd_vit_tiny_patch16_224 sd_convnext_atto --drop-path 0.1 0.2 0.4 --schedule uniform --batch 10'
     add = command(commands.bench, example).add_argument
@@ -78,7 +78,7 @@ def _parser() -> ArgumentParser:
     add('--compile', action='store_true', help='run every contestant through torch.compile')
     add('--device', help='cpu, or cuda, with the peak memory of a step (cpu)')
     add('--json', type=_output_file, metavar='FILE', help="write every step's time")
-    add('--plot', type=_output_file, metavar='FILE', help='draw bars, or ratios over whatever takes several values')
+    add('--plot', type=_picture, metavar='FILE', help='draw bars, or ratios over whatever takes several values')
 
     add = command(commands.recipe, 'fmnist').add_argument
     add('name', nargs='?', metavar='NAME', help='print its path; without it, list all')
@@ -103,7 +103,7 @@ def _parser() -> ArgumentParser:
     add('--images', type=_positive, default=1000, metavar='N', help='that are chosen on (%(default)s)')
     add('--out', type=Path, metavar='DIR', help="write the first model's smallest network to a new folder")
     add('--json', type=_output_file, metavar='FILE', help='write all figures')
-    add('--plot', type=_output_file, metavar='FILE', help='draw error against FLOPs and latency')
+    add('--plot', type=_picture, metavar='FILE', help='draw error against FLOPs and latency')
 
     no_ema: dict[str, Any] = dict(action='store_true', help='take the raw weights where averaged ones are there too')
     add = command(commands.export, 'output/train/RUN/model_best.pth.tar --out resnet50.safetensors').add_argument
@@ -148,6 +148,13 @@ def _output_file(text: str) -> Path:
     if not path.absolute().parent.is_dir() or path.is_dir():
         raise ArgumentTypeError(f'must be a file in a folder that exists, got {text!r}')
     return path
+
+
+def _picture(text: str) -> Path:
+    """Of a kind that matplotlib writes without anything else."""
+    if Path(text).suffix not in ('.png', '.pdf', '.svg'):
+        raise ArgumentTypeError(f'must end in .png, .pdf or .svg, got {text!r}')
+    return _output_file(text)
 
 
 def _schedule(text: str) -> str | list[float]:

@@ -125,7 +125,11 @@ _OURS = (BlockDropPath, BranchDropPath)
 
 
 def unconvert(model: nn.Module) -> None:
-    """Undo `convert`, in a network or a module around one: the blocks' own classes, drop paths and rates are back."""
+    """Undo `convert`, in place: the blocks' own classes, drop paths and rates are back.
+
+    Args:
+        model: A converted network, a part of one, or a module around one; anything else stays as it is.
+    """
     for module in list(model.modules()):
         if isinstance(module, Converted):
             module.restore()

@@ -23,12 +23,18 @@ default_cfgs: dict[str, Any] = {}  # where timm looks for them
 
 
 def register(name: str) -> str:
-    """Register timm's model `name`, without tag, as `sd_<name>`, the new name, with blocks that skip what they drop.
+    """Register a model of timm as `sd_<name>`, with blocks that skip what they drop.
 
     All of its tags come with it. timm's `ResNet` gets this package's own blocks: see `StochasticResNet`. Of any other
     the entrypoint takes what timm's takes, with `drop_path_rate` (`--drop-path`), by default what the architecture was
     published with, else 0.1: see `published`. And `drop_path_schedule`, `drop_path_mode`, `drop_path_sync` and
     `drop_path_ramp`: see `convert`.
+
+    Args:
+        name: Of a model that is registered with timm, a third party's too, without tag.
+
+    Returns:
+        The new name.
 
     Raises:
         ValueError: timm has no such model, or this package has its own.

@@ -58,7 +58,7 @@ def survival_probs(depth: int, drop_path_rate: float | None = None, schedule: Sc
 
 
 def expected_depth(probs: Sequence[float]) -> float:
-    """Mean number of active blocks in a training step, E(L~) = sum of p_l (section 3, "Expected network depth")."""
+    """Mean number of active blocks in a step, E(L~) = sum of p_l in `probs` (section 3, "Expected network depth")."""
     return math.fsum(probs)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import UsageError, run_command
 from .push import push, read_listing
-from .release import release, write_index
+from .release import release, rewrite_cards
 from .repository import prepare
 
 
@@ -16,9 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog='python -m sd_resnet.hub', description='Release weights, and publish them.')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
 
-    summary = 'write the weights of a training run on Fashion-MNIST as a pretrained tag, and the index of all'
+    summary = 'write the weights of a training run on Fashion-MNIST as a pretrained tag, its card, and the index of all'
     sub = commands.add_parser('release', help=summary, description=summary)
-    sub.add_argument('run_folder', type=Path, nargs='?', metavar='RUN', help='without it, only the index is written')
+    sub.add_argument('run_folder', type=Path, nargs='?', metavar='RUN', help='without it, cards and index are renewed')
     sub.add_argument('--tag', metavar='NAME', help='of the weights')
     sub.add_argument('--data', type=Path, metavar='DIR', help='written by sd-resnet data fashion-mnist DIR')
     sub.add_argument('--weights', type=Path, default='weights', metavar='DIR', help='of all (%(default)s)')
@@ -42,10 +42,11 @@ def _release(args: argparse.Namespace) -> None:
     said = {name: getattr(args, name) for name in ('notes', 'hardware', 'baseline')}
     given = (args.run_folder, args.tag, args.data)
     if not any((*given, *said.values())):
-        print(f'wrote {write_index(args.weights)}')
+        for path in rewrite_cards(args.weights):
+            print(f'wrote {path}')
         return
     if None in given:
-        raise UsageError('give RUN, the folder of a training run, --tag and --data; or none, for the index alone')
+        raise UsageError('give RUN, the folder of a training run, --tag and --data; or none, for cards and index')
     folder, found = release(args.run_folder, args.tag, args.data, args.weights, **said)
     print(f'wrote {folder}, top-1 {found.top1:.2f} %, error {100 - found.top1:.2f} %')
 

@@ -18,7 +18,6 @@ from ..resnets.resnet_imagenet import StochasticResNet
 Epochs = Sequence[Mapping[str, float]]
 
 UNKNOWN = 'not recorded'
-OWNER = 'USER'  # in a card, until it is published
 _LR_BASE = ('lr_base', 'lr_base_size', 'lr_base_scale')
 # Of `args.yaml`, in the order of the card; the rest is in the file.
 _RECIPE = (
@@ -69,10 +68,15 @@ def describe(
     }
 
 
-def model_card(record: dict[str, Any], run: Run, repo_id: str) -> ModelCard:
-    """The card of a run; what the record does not hold is called "not recorded"."""
+def model_card(record: dict[str, Any], args: dict[str, Any], repo_id: str, summary: bool) -> ModelCard:
+    """The card of a run; what the record does not hold is called "not recorded".
+
+    `args` are the run's, `repo_id` is USER/NAME, or NAME alone until there is a repository; `summary`: there is a
+    `summary.csv`, and so a picture of the training.
+    """
     dataset, metrics, task = record['dataset'], record['metrics'], 'image-classification'
-    named = dataset or run.args.get('dataset') or UNKNOWN
+    title = repo_id.split('/')[-1]
+    named = dataset or args.get('dataset') or UNKNOWN
     split = {'dataset_split': record['split']}
     kinds = (('eval_top1', 'accuracy', 'top-1 accuracy (%)'), ('eval_top5', 'top-5-accuracy', 'top-5 accuracy (%)'))
     results = [
@@ -88,15 +92,22 @@ def model_card(record: dict[str, Any], run: Run, repo_id: str) -> ModelCard:
         datasets=[dataset] if dataset else None,
         base_model=record['base_model'],
         metrics=['accuracy'] if 'eval_top1' in metrics else None,
-        model_name=repo_id.split('/')[-1],
+        model_name=title if results else None,  # nothing else takes it
         eval_results=results or None,
     )
     # In an installed package the template lies in the package, in a checkout in `hub/`.
     places = (parent / 'model_card.md' for parent in (Path(__file__).parents[1], Path(__file__).parents[2] / 'hub'))
     template = str(next(path for path in places if path.is_file()))
-    facts: dict[str, Any] = {'record': record, 'run': run, 'repo_id': repo_id, 'dataset': named, 'results': results}
-    facts |= {'recipe': _recipe(run.args), 'unknown': UNKNOWN, 'no_plain_cifar': NO_PLAIN_CIFAR}
+    facts: dict[str, Any] = {'record': record, 'args': args, 'summary': summary, 'dataset': named, 'results': results}
+    facts |= {'title': title, **addresses(repo_id if '/' in repo_id else None)}
+    facts |= {'recipe': _recipe(args), 'unknown': UNKNOWN, 'no_plain_cifar': NO_PLAIN_CIFAR}
     return ModelCard.from_template(data, template, **facts)
+
+
+def addresses(repo_id: str | None) -> dict[str, str]:
+    """How a card says to load and to verify its network: from the Hub, or, if None, from the folder that it lies in."""
+    load, verify = (f'hf-hub:{repo_id}', repo_id) if repo_id else ('local-dir:.', '.')
+    return {'load': f"timm.create_model('{load}', pretrained=True)", 'verify': f'`sd-resnet verify {verify}`'}
 
 
 def _recipe(args: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -106,7 +117,7 @@ def _recipe(args: dict[str, Any]) -> list[tuple[str, Any]]:
     rows = []
     for name in _RECIPE:
         value = args.get(name)
-        if off.get(name) or value is None or value is False or value == '':  # a seed of 0 is a fact
+        if off.get(name) or value is None or value == '' or (value == 0 and name != 'seed'):  # a seed of 0 is a fact
             continue
         value = ', '.join(map(str, value)) if isinstance(value, list) else _VALUES.get(f'{name} {value}', value)
         rows.append((_LABELS.get(name, name.replace('_', ' ')), value))

@@ -1,7 +1,9 @@
 """From a training run to `weights/<architecture>.<tag>`, and the index of what is there."""
 
 from itertools import pairwise
+from math import sqrt
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import yaml
@@ -11,15 +13,17 @@ from ..analysis import datasets
 from ..analysis.evaluation import Accuracy, evaluate
 from ..analysis.runs import Run, read_run
 from ..resnets.packaged import WEIGHTS, released_folders
-from .card import OWNER
+from .card import model_card
 from .repository import write_repository
 from .verify import CARD, RECORD
 
-HEAD = """# Released weights
+TEST_IMAGES = 10_000  # of Fashion-MNIST, on which all that is released was trained and tested
+HEAD = f"""# Released weights
 
-Written by `python -m sd_resnet.hub release`. Each folder is exactly a repository of the Hugging Face Hub. They come
-with the package, so `timm.create_model(NAME, pretrained=True)` needs no network.
-`sd-resnet evaluate NAME --data DIR` measures the test error again.
+Written by `python -m sd_resnet.hub release`. Each folder is laid out like a repository of the Hugging Face Hub. They
+come with the package, so `timm.create_model(NAME, pretrained=True)` needs no network.
+`sd-resnet evaluate NAME --data DIR` measures the test error again. In brackets is Wilson's 95 % interval for
+{TEST_IMAGES:,} test images: it holds the luck of the images, not that of the training, of which there was one of each.
 
 | name | trained on | test error | parameters | FLOPs of one image | weights | sha256 |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -50,7 +54,7 @@ def release(
     notes = '; '.join(filter(None, [run.args.get('notes'), measured, _resumed(run)]))
     run.args |= {'notes': notes, 'packaged': True}
     name = f'{model.pretrained_cfg["architecture"]}.{tag}'
-    folder = write_repository(run, weights / name, f'{OWNER}/{name}', license='apache-2.0', dataset=datasets.HUB_ID)
+    folder = write_repository(run, weights / name, name, license='apache-2.0', dataset=datasets.HUB_ID)
     write_index(weights)
     return folder, reached
 
@@ -78,14 +82,34 @@ def write_index(weights: Path) -> Path:
     rows = []
     for folder in released_folders(weights).values():
         record: dict[str, Any] = yaml.safe_load((folder / RECORD).read_text(encoding='utf-8'))
-        size = (folder / WEIGHTS).stat().st_size / 1e6
+        size, error = (folder / WEIGHTS).stat().st_size / 1e6, 100 - stated_accuracy(folder)
+        low, high = (100 * bound for bound in interval(error / 100, TEST_IMAGES))
         rows.append(
-            f'| [`{folder.name}`]({folder.name}/{CARD}) | {record["dataset"]} | {100 - stated_accuracy(folder):.2f} % '
-            f'| {record["parameters"]:,} | {record["flops"] / 1e6:,.1f} million, {record["image_size"]} px '
-            f'| {size:.1f} MB | `{record["sha256"]}` |\n'
+            f'| [`{folder.name}`]({folder.name}/{CARD}) | {record["dataset"]} '
+            f'| {error:.2f} % ({low:.2f} to {high:.2f}) | {record["parameters"]:,} '
+            f'| {record["flops"] / 1e6:,.1f} million, {record["image_size"]} px | {size:.1f} MB '
+            f'| `{record["sha256"]}` |\n'
         )
     index.write_text(HEAD + ''.join(rows), encoding='utf-8')
     return index
+
+
+def interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `count` independent cases."""
+    z = NormalDist().inv_cdf(0.975)
+    middle, half = share + z**2 / (2 * count), z * sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return (middle - half) / (1 + z**2 / count), (middle + half) / (1 + z**2 / count)
+
+
+def rewrite_cards(weights: Path) -> list[Path]:
+    """All cards again, from the records beside them, after a change of the template; and the index."""
+    _check_index(weights / CARD)
+    folders = released_folders(weights)
+    for name, folder in folders.items():
+        record, args = (yaml.safe_load((folder / file).read_text('utf-8')) for file in (RECORD, 'args.yaml'))
+        card = model_card(record, args, name, (folder / 'summary.csv').is_file())
+        (folder / CARD).write_text(str(card), encoding='utf-8')
+    return [*(folder / CARD for folder in folders.values()), write_index(weights)]
 
 
 def stated_accuracy(folder: Path) -> float:

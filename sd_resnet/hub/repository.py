@@ -16,7 +16,7 @@ from ..analysis.runs import Run, read_run
 from ..errors import VerificationError
 from ..files import written_whole
 from ..resnets.checkpoints import fold
-from .card import OWNER, describe, model_card, plot_training
+from .card import addresses, describe, model_card, plot_training
 from .verify import CARD, CONFIG, RECORD, WEIGHTS, check_contents, check_function, file_hash, refusing, verify
 
 # What this package writes beside the weights: of these a new push leaves none behind that it does not write again.
@@ -30,7 +30,8 @@ def prepare(
     """Write exactly what is to be sent to the new folder `out`.
 
     `source` is a run folder (`checkpoint` and `no_ema` choose from it, see `read_run`; for `options` see
-    `write_repository`), or a finished repository folder, taken as it is but for the owner `USER` in its card.
+    `write_repository`), or a finished repository folder, taken as it is, but for a card without a repository,
+    which gets this one.
 
     Raises:
         VerificationError: The finished folder is damaged, its card is another repository's, or a file holds a token.
@@ -61,8 +62,8 @@ def write_repository(
 ) -> Path:
     """Write a folder laid out like a repository of the Hub: weights, configuration, card, pictures, record.
 
-    `repo_id`, `USER/NAME`, `license` and `dataset`, by their names on the Hub, are for the card. `plain` folds the
-    survival probabilities in: for ImageNet's nets an ordinary timm ResNet.
+    `repo_id`, `license` and `dataset`, by their names on the Hub, are for the card; `repo_id` is NAME alone as long as
+    there is no repository. `plain` folds the survival probabilities in: for ImageNet's nets an ordinary timm ResNet.
 
     Raises:
         VerificationError: What was written does not load, or holds a token of the Hub; it is not left behind.
@@ -77,8 +78,9 @@ def write_repository(
         _write_weights(run, model, part, license)
         cost = model_cost(trained, trained.pretrained_cfg['input_size'][-1])
         record = describe(run, trained, model, cost, file_hash(part / WEIGHTS), license, dataset)
+        card = model_card(record, run.args, repo_id, bool(run.epochs))
         texts = {RECORD: yaml.safe_dump(record, sort_keys=False, allow_unicode=True)}
-        texts |= {'args.yaml': yaml.safe_dump(run.args), CARD: str(model_card(record, run, repo_id))}
+        texts |= {'args.yaml': yaml.safe_dump(run.args), CARD: str(card)}
         if run.epochs:
             columns = list(run.epochs[-1])
             rows = [columns, *([f'{epoch.get(c, float("nan")):.10g}' for c in columns] for epoch in run.epochs)]
@@ -115,10 +117,12 @@ def _write_weights(run: Run, model: Any, folder: Path, license: str | None) -> N
 
 
 def _checked_card(folder: Path, repo_id: str) -> str:
-    """The card with its owner, if it is of these weights, and says how to load them from where they go."""
+    """The card with its repository, if it is of these weights, and says how to load them from where they go."""
     with refusing(f'{folder} holds no {CARD} of text', 'publish the run folder instead', OSError, UnicodeDecodeError):
         card = (folder / CARD).read_text(encoding='utf-8')
-    card = card.replace(f'{OWNER}/{repo_id.split("/")[-1]}', repo_id)
+    if f'\n# {repo_id.split("/")[-1]}\n' in card:
+        for key, here in addresses(None).items():
+            card = card.replace(here, addresses(repo_id)[key])
     if not re.search(rf'hf-hub:{re.escape(repo_id)}(?![\w./-])', card):
         other = f'{folder}/{CARD} tells how to load another repository than {repo_id}'
         raise VerificationError(f'{other}; publish under its name, or publish the run folder')

@@ -84,9 +84,16 @@ def read_checkpoint(path: str | Path, use_ema: bool = True) -> Checkpoint:
 
 
 def to_resnet(model: nn.Module) -> nn.Module:
-    """A copy that computes the same at test time, as a plain timm `ResNet`; a TypeError of what is not of this package.
+    """A copy that computes the same at test time, as a plain timm `ResNet`.
 
-    Of the CIFAR nets, which timm does not have, with a warning, the same class at `drop_path_rate=0`.
+    What test-time rescaling (equation 5) multiplies by is folded into the weights. Of the CIFAR nets, which timm does
+    not have, with a warning, the same class at `drop_path_rate=0`.
+
+    Args:
+        model: One of this package's ResNets, without a wrapper.
+
+    Raises:
+        TypeError: `model` is something else.
     """
     if not isinstance(model, StochasticDepthNet):
         raise TypeError(

@@ -39,7 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     option('--cells', nargs='+', default=(), metavar='NAME', help='to run (all); a wrong name is answered with all')
     option('--jobs', type=int, default=1, metavar='N', help='cells side by side (%(default)s)')
     option('--report', action='store_true', help='run nothing: tables and pictures from the records in --out')
-    option('--card', type=Path, metavar='FILE', help='with --report of paper: put the claims between its markers')
     option('--debug', action='store_true', help='show the traceback of an error')
     parser.set_defaults(run=_study, command='')
     return run_command(parser, argv)
@@ -49,14 +48,12 @@ def _study(args: argparse.Namespace) -> None:
     paper, out = args.study == 'paper', args.out or OUT[args.study]
     if args.report and args.cells:
         raise UsageError('--report takes all records: give it without --cells')
-    if args.card and not (args.report and paper):
-        raise UsageError('--card goes with --report of paper')
     if args.script and not paper:
         raise UsageError('--script goes with paper')
     if args.report:
         figure_class()  # or its absence is found when half is written
         records: Any = (Records if paper else parity.Parity)(out)
-        paths = (write_report(records, args.card), *plot_study(records)) if paper else write_parity(records)
+        paths = (write_report(records), *plot_study(records)) if paper else write_parity(records)
         for path in paths:
             print(f'wrote {path}')
         if records.missing:

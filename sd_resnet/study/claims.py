@@ -54,8 +54,8 @@ def _curves(records: Records) -> tuple[str, str]:
     losses, errors = (_both(records, name, least=2) for name in ('loss', 'error'))
     (loss, loss_error), gain = _gain(*reversed(losses)), _gain(*errors)
     here = f'loss {fmean(losses[0]):.4f} and {fmean(losses[1]):.4f}, {loss:+.4f}, standard error {loss_error:.4f}'
-    lower, verdict = loss > 2 * loss_error, _judged(*gain)
-    return f'{here}, without augmentation', f'loss {"yes" if lower else "undecided"}; error {verdict}'
+    verdicts = (_judged(loss, loss_error).split(':')[0], _judged(*gain))
+    return f'{here}, without augmentation', 'loss {}; error {}'.format(*verdicts)
 
 
 def _time(records: Records) -> tuple[str, str]:

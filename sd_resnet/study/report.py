@@ -3,8 +3,6 @@
 Whatever cells are there are used; what is missing is named.
 """
 
-import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +13,6 @@ from ..figures import METHODS, new_figure, save_figure
 from .cells import COMMAND, CONSTANT, STOCHASTIC, Records
 from .claims import MISSING, claims_table, table
 
-MARKERS = (f'<!-- claims: written by {COMMAND} --report -->', '<!-- end of claims -->')
 PICTURES = {  # what each shows
     'curves': 'Test error and training loss per epoch, constant depth against stochastic depth (Fig. 3 of the paper)',
     'gradient': 'Mean absolute gradient of the first convolution per epoch (Fig. 7 of the paper)',
@@ -25,29 +22,19 @@ PICTURES = {  # what each shows
 TITLES = {CONSTANT: 'constant depth', STOCHASTIC: 'stochastic depth, $p_L$ = 0.5'}
 
 
-def write_report(records: Records, card: Path | None = None) -> Path:
-    """Write `tables.md` beside the records, and the claims into a card, a Markdown file, between its two markers.
+def write_report(records: Records) -> Path:
+    """Write `tables.md`, claims and all, beside the records.
 
     Raises:
-        ValueError: There is no record, or the card has no markers.
+        ValueError: There is no record.
     """
     if not records.found:
         raise ValueError(f'{records.folder} holds no record of a cell; run some with {COMMAND} first')
-    claims, tables = claims_table(records), records.folder / 'tables.md'
+    tables, claims = records.folder / 'tables.md', claims_table(records)
     parts = ['# The study: tables', _preface(records), '## Claims', claims, '## Cells', *_cells(records)]
-    parts += [*_analyses(records), '## Pictures', *_links('')]
+    parts += [*_analyses(records), '## Pictures', *(f'![{text}]({name}.png)' for name, text in PICTURES.items())]
     tables.write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
-    if card is not None:
-        parts = re.split(f'({"|".join(MARKERS)})', card.read_text(encoding='utf-8'))
-        if parts[1::2] != [*MARKERS]:
-            raise ValueError(f'{card} must hold the lines {MARKERS[0]} and {MARKERS[1]}, each once')
-        claims = '\n\n'.join([claims, *_links(f'{os.path.relpath(records.folder, card.parent)}/')])
-        card.write_text(''.join([*parts[:2], f'\n{claims}\n', *parts[3:]]), encoding='utf-8')
     return tables
-
-
-def _links(folder: str) -> list[str]:
-    return [f'![{text}]({folder}{name}.png)' for name, text in PICTURES.items()]
 
 
 def _preface(records: Records) -> str:

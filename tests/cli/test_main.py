@@ -131,6 +131,10 @@ def test_what_would_fail_after_the_work_fails_before_it(argv, monkeypatch, capsy
         cli.main([*argv, '--json', str(tmp_path / 'none' / 'x.json')])
     assert stop.value.code == 2
     assert '--json: must be a file in a folder that exists' in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*argv, '--plot', str(tmp_path / 'x.foo')])
+    assert stop.value.code == 2
+    assert '--plot: must end in .png, .pdf or .svg' in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     assert cli.main([*argv, '--plot', str(tmp_path / 'x.png')]) == 1
     assert 'matplotlib is needed to draw' in one_line(capsys)

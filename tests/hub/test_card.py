@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image
 
 pytest.importorskip('matplotlib', reason='publishing draws pictures with matplotlib')
 
@@ -146,6 +147,71 @@ def test_it_says_what_was_trained_and_what_the_weights_are(name, options, plain,
     assert ('survival.png' in text) == (tmp_path / 'ready' / 'survival.png').exists()
     tables = [line for line in text.splitlines() if line.startswith('|')]
     assert {line.count('|') for line in tables} == {3}
+
+
+CARDS = {
+    'measured': ({}, dict(license='apache-2.0', dataset='ylecun/mnist')),
+    'little known': ({}, dict(no_ema=True)),
+    'plain': ({'drop_path_rescale': 'test'}, dict(license='mit', plain=True)),
+    'constant depth': ({'drop_path_rate': 0.0}, dict(license='mit')),
+}
+
+
+@pytest.mark.parametrize('case', CARDS)
+def test_the_hub_takes_it_and_nothing_of_it_is_lost(server, tmp_path, case):
+    """By the client's own call, which asks the Hub: the one on 127.0.0.1, after the specification of the public one."""
+    trained, options = CARDS[case]
+    card = write_card(write_run(tmp_path / 'run', **trained), tmp_path / 'ready', **options)
+    card.validate()
+    assert ('POST', '/api/validate-yaml') in server.requests
+    metadata = yaml.safe_load(card.data.to_yaml())
+    again = ModelCardData(**metadata)
+    assert again.eval_results == card.data.eval_results
+    assert (again.eval_results is None) == (case == 'little known')
+    assert again.to_dict() == metadata == card.data.to_dict()
+    assert ModelCard(card.content).content == card.content == (tmp_path / 'ready' / 'README.md').read_text()
+
+
+@pytest.mark.parametrize(
+    ('right', 'wrong', 'said'),
+    [
+        ('license: mit', 'license: my-own', 'license.*must be one of'),
+        ('library_name: timm', 'library_name: 5', 'library_name.*must be a string'),
+        ('- stochastic-depth', '- 2016', 'tags.*must be a string or an array of strings'),
+        ('name: ylecun/mnist', 'name: 5', r'results\.dataset\.name.*is required'),
+        ('type: image-classification', 'type: 5', r'results\.task\.type.*is required'),
+    ],
+)
+def test_a_card_that_the_hub_would_not_take_is_refused(server, run_folder, tmp_path, right, wrong, said):
+    """Or the test before this one would show nothing."""
+    card = write_card(run_folder, tmp_path / 'ready', license='mit', dataset='ylecun/mnist')
+    assert right in card.content
+    with pytest.raises(ValueError, match=said):
+        ModelCard(card.content.replace(right, wrong)).validate()
+
+
+INSTALLED = {
+    True: 'pip install timm',
+    False: "pip install .  # in a clone of sd_resnet's repository: it is in no package index yet",
+}
+
+
+@pytest.mark.parametrize('repo_id', [REPO, 'sd_resnet18.test'])
+@pytest.mark.parametrize('plain', INSTALLED)
+def test_who_does_what_it_says_gets_there(run_folder, tmp_path, monkeypatch, plain, repo_id):
+    """From the Hub, or, before it is published, from the folder itself; and nothing is called by a placeholder."""
+    publishing.write_repository(read_run(run_folder), tmp_path / 'out', repo_id, plain=plain)
+    text = (tmp_path / 'out' / 'README.md').read_text()
+    assert re.findall('pip install.*', text) == [INSTALLED[plain]]
+    assert not re.search(r'\b(USER|OWNER|NAME|DIR|TODO)\b|[{}]{2}|%}', text)
+    source = f'hf-hub:{REPO}' if repo_id == REPO else 'local-dir:.'
+    assert re.findall(r"create_model\('(.*?)'", text) == [source]
+    Image.new('RGB', (40, 50)).save(tmp_path / 'out' / 'image.png')
+    monkeypatch.chdir(tmp_path / 'out')
+    (code,) = re.findall(r'```python\n(.*?)```', text, re.S)
+    found = {}
+    exec(code.replace(f"'{source}'", "'local-dir:.'"), found)
+    assert found['probabilities'].shape == (1, 10)
 
 
 def test_the_share_of_flops_in_subset_mode_is_that_of_batch_mode(tmp_path):

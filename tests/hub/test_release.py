@@ -20,7 +20,7 @@ from sd_resnet.analysis.evaluation import evaluate
 from sd_resnet.hub import __main__ as maintenance
 from sd_resnet.hub import repository as publishing
 from sd_resnet.hub import verify as verification
-from sd_resnet.hub.release import release, stated_accuracy, write_index
+from sd_resnet.hub.release import interval, release, stated_accuracy
 from sd_resnet.resnets import packaged as weights
 
 from ..conftest import edit_args, fresh_python, one_line, write_run
@@ -215,11 +215,33 @@ def test_older_versions_of_timm_get_a_stem_of_three_channels(monkeypatch):
     assert weights.spread_stem({'conv1.weight': weight}, model)['conv1.weight'] is weight
 
 
-def test_the_index_is_what_the_command_writes(tmp_path):
-    index = (ROOT / 'weights' / 'README.md').read_text(encoding='utf-8')
+def test_cards_and_index_are_what_the_command_writes(tmp_path):
+    """Of today's template, from the records."""
     shutil.copytree(ROOT / 'weights', tmp_path / 'weights')
-    assert write_index(tmp_path / 'weights').read_text(encoding='utf-8') == index
+    assert maintenance.main(['release', '--weights', str(tmp_path / 'weights')]) == 0
+    for path in sorted((ROOT / 'weights').glob('**/README.md')):
+        again = tmp_path / path.relative_to(ROOT)
+        assert again.read_text(encoding='utf-8') == path.read_text(encoding='utf-8'), path
+    index = (ROOT / 'weights' / 'README.md').read_text(encoding='utf-8')
     assert sorted(re.findall(r'\[`(.*?)`\]', index)) == RELEASED
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    stats = pytest.importorskip('scipy.stats', reason='scipy knows the interval, too')
+    for wrong, images in ((504, 10_000), (3868, 10_000), (0, 10), (10, 10)):
+        expected = stats.binomtest(wrong, images).proportion_ci(0.95, method='wilson')
+        assert interval(wrong / images, images) == pytest.approx(tuple(expected), abs=1e-9)
+
+
+@pytest.mark.parametrize('name', RELEASED)
+def test_the_card_of_what_is_released_names_the_repository_that_it_is_published_to(name, tmp_path):
+    """And none before: nobody's name is in the package."""
+    card = (ROOT / 'weights' / name / 'README.md').read_text(encoding='utf-8')
+    assert re.findall(r"create_model\('(.*?)'", card) == ['local-dir:.', name]
+    ready = publishing.prepare(ROOT / 'weights' / name, tmp_path / 'ready', f'me/{name}')
+    card = (ready / 'README.md').read_text(encoding='utf-8')
+    assert re.findall(r"create_model\('(.*?)'", card) == [f'hf-hub:me/{name}', name]
+    assert f'`sd-resnet verify me/{name}`' in card
 
 
 @pytest.mark.parametrize('name', RELEASED)

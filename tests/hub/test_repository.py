@@ -218,8 +218,13 @@ def test_a_finished_folder_goes_only_where_its_card_says(server, run_folder, tmp
     capsys.readouterr()
     assert push(tmp_path / 'cardless') == 1
     assert 'cardless holds no README.md of text' in one_line(capsys)
-    nobody = publishing.prepare(run_folder, tmp_path / 'nobody', f'USER/{REPO.split("/")[1]}')
-    assert push(nobody) == 0  # an owner is put in the placeholder's place
+    nobody = publishing.write_repository(read_run(run_folder), tmp_path / 'nobody', REPO.split('/')[1])
+    text = (nobody / 'README.md').read_text()
+    assert "timm.create_model('local-dir:.', pretrained=True)" in text
+    assert '`sd-resnet verify .`' in text
+    assert '/sd_resnet18.test' not in text
+    assert cli.main(['push', str(nobody), '--repo-id', 'me/sd_resnet18.tes']) == 1  # its card has another name
+    assert push(nobody) == 0  # which names its repository from now on
     assert server.files(REPO)['README.md'] == (ready / 'README.md').read_bytes()
     weights = bytearray((ready / 'model.safetensors').read_bytes())
     weights[-5] ^= 255

@@ -240,7 +240,7 @@ def test_wrong_usage_is_named(tmp_path, fashion, capsys):
     common = ['parity', '--out', str(tmp_path / 'out'), '--work', str(tmp_path / 'work')]
     for arguments in (
         ['--data', str(fashion), '--script', 'train.py'],
-        ['--report', '--card', 'card.md'],
+        ['--report', '--cells', 'vit-none-0'],
         ['--data', str(fashion), '--jobs', '0'],
     ):
         assert main([*common, *arguments]) == 2

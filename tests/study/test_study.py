@@ -25,7 +25,7 @@ from sd_resnet.resnets.paper_rescaling import evaluation_factor
 from sd_resnet.study import measuring
 from sd_resnet.study.__main__ import main
 from sd_resnet.study.cells import CELLS, Records, Scale, write_record
-from sd_resnet.study.report import MARKERS, plot_study, write_report
+from sd_resnet.study.report import plot_study, write_report
 from sd_resnet.study.running import run
 
 from ..conftest import decide, images, make, one_line
@@ -161,25 +161,6 @@ def test_seeds_without_a_counterpart_are_reported(records):
     assert '| yes |' in (records / 'tables.md').read_text()  # of the gradients
 
 
-def test_the_card_takes_the_claims_between_its_markers(records, tmp_path):
-    card = tmp_path / 'card.md'
-    card.write_text(f'before\n{MARKERS[0]}\nold\n{MARKERS[1]}\nafter\n')
-    write_report(Records(records), card)
-    text = card.read_text()
-    assert text.startswith(f'before\n{MARKERS[0]}\n| claim')
-    assert text.endswith(f'](records/sub_networks.png)\n{MARKERS[1]}\nafter\n')
-    assert '\nold\n' not in text
-    for wrong in (
-        'no markers',
-        f'{MARKERS[1]}{MARKERS[0]}',
-        f'{MARKERS[0]} {MARKERS[1]} a line on {MARKERS[1]}, and more',
-    ):
-        card.write_text(wrong)
-        with pytest.raises(ValueError, match='must hold the lines'):
-            write_report(Records(records), card)
-        assert card.read_text() == wrong
-
-
 def test_records_of_something_else_are_named(records, fashion, tmp_path, capsys):
     script = tmp_path / 'train.py'
     script.touch()
@@ -203,16 +184,14 @@ def test_records_of_something_else_are_named(records, fashion, tmp_path, capsys)
 
 
 def test_what_is_published_is_what_the_command_writes(tmp_path):
-    """docs/study/tables.md and the claims of MODEL_CARD.md, from the records beside them."""
+    """docs/study/tables.md, from the records beside it."""
     published = ROOT / 'docs' / 'study'
     if not list(published.glob('*.json')):
         pytest.skip('no cell is finished yet')
     folder = tmp_path / 'docs' / 'study'
     shutil.copytree(published, folder)
-    card = Path(shutil.copy(ROOT / 'MODEL_CARD.md', tmp_path))
-    write_report(Records(folder), card)
+    write_report(Records(folder))
     assert (folder / 'tables.md').read_text() == (published / 'tables.md').read_text()
-    assert card.read_text() == (ROOT / 'MODEL_CARD.md').read_text()
 
 
 def test_a_record_is_written_whole_and_reads_back(tmp_path):
@@ -307,7 +286,6 @@ def test_unknown_cells_and_a_missing_script_are_named(fashion, tmp_path, capsys)
     assert 'cells must be among constant-seed0' in one_line(capsys)
     assert main(common) == 2
     assert main(['--report', '--cells', 'constant-seed0']) == 2
-    assert main([*common, '--card', 'card.md']) == 2
     assert main([*common, '--script', 'train.py', '--jobs', '0']) == 2
 
 

@@ -1,0 +1,235 @@
+"""Tables and picture of step times, from the records in docs/results/: `python -m docs.benchmarks`, in a clone.
+
+Writes what stands between the markers of README.md and docs/benchmarks.md, and docs/saving.png. Measures nothing: each
+record is made by the command beside it.
+"""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from sd_resnet import survival_probs
+from sd_resnet.bench.measure import CONSTANT_DEPTH, TIMM, Contestant, Race
+from sd_resnet.bench.report import standard_error
+from sd_resnet.figures import DROPPED, KEPT, METHODS, OTHER, PROBABILITY, figure_class, save_figure
+from sd_resnet.files import written_whole
+
+FOLDER = Path(__file__).parent
+PAGE, README, PICTURE = FOLDER / 'benchmarks.md', FOLDER.parent / 'README.md', FOLDER / 'saving.png'
+BEGIN, END = '<!-- made by python -m docs.benchmarks: {} -->\n', '<!-- end of what is made -->\n'
+THREE_RUNS = '--seeds 3 --steps 14'
+ANY = f'--drop-path 0.4 --schedule uniform --batch 10 {THREE_RUNS}'
+RESNET50 = '--model sd_resnet50 --size 128 --seeds 3 --steps 20 --saved-steps 40'
+RECORDS = {  # and the options of `sd-resnet bench` that made them
+    'resnet50': RESNET50,
+    'resnet50_channels_last': f'{RESNET50} --channels-last',
+    'resnet50_compiled': f'{RESNET50} --compile',
+    'convnext_small': f'--model sd_convnext_small --size 128 --saved-steps 40 {THREE_RUNS}',
+    'any_vit_tiny_patch16_224': f'--model sd_vit_tiny_patch16_224 {ANY}',
+    'any_convnext_atto': f'--model sd_convnext_atto {ANY}',
+    'any_swin_tiny_patch4_window7_224': f'--model sd_swin_tiny_patch4_window7_224 {ANY}',
+    'any_vit_tiny_patch16_224_compiled': f'--model sd_vit_tiny_patch16_224 {ANY} --compile --modes subset',
+    'any_convnext_atto_compiled': f'--model sd_convnext_atto {ANY} --compile --modes subset',
+}
+FIRST = ('resnet50', 'convnext_small', 'any_vit_tiny_patch16_224', 'any_swin_tiny_patch4_window7_224')  # in README
+BESIDE_TIMM = ('subset', 'batch')
+COLOURS = {TIMM: OTHER, 'subset': METHODS['subset-0.5'], 'batch': KEPT}
+TITLES = {TIMM: "timm's drop path", 'subset': '`subset`', 'batch': '`batch`'}
+
+
+class Record(NamedTuple):
+    """One race, and how it was run."""
+
+    name: str
+    settings: dict[str, Any]
+    race: Race
+
+    @property
+    def at(self) -> str:
+        """Rate and schedule."""
+        return f'{self.race.rate:g}, {self.settings["schedule"] or "its own"}'
+
+    @property
+    def title(self) -> str:
+        """Model and conditions."""
+        how = ', channels_last' * self.settings['channels_last'] + ', compiled' * self.settings['compile']
+        return f'`{self.race.model}`{how}'
+
+    def share(self, contestant: str) -> str:
+        """Of constant depth's mean step time: mean over runs and its standard error."""
+        ratios = self.race.contestants[contestant].ratios(self.race.contestants[CONSTANT_DEPTH])
+        return f'{statistics.fmean(ratios):.3f} ± {standard_error(ratios):.3f}'
+
+
+def read_records(name: str) -> list[Record]:
+    """One for each race."""
+    record = json.loads((FOLDER / 'results' / f'{name}.json').read_text())
+    (settings,), found = record['settings'], []
+    for race in record['races']:
+        contestants = {each: Contestant(**measured) for each, measured in race.pop('contestants').items()}
+        found.append(Record(name, settings, Race(**race, contestants=contestants)))
+    return found
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ['---'] * len(header), *rows]
+    return ''.join(f'| {" | ".join(cells)} |\n' for cells in lines)
+
+
+def readme_table(records: Sequence[Record]) -> str:
+    header = ('network', 'rate, schedule', 'constant depth', *TITLES.values(), 'floor: FLOPs left')
+    return table(
+        header,
+        (
+            (
+                f'`{record.race.model}`',
+                record.at,
+                f'1 ({_milliseconds(record.race.contestants[CONSTANT_DEPTH])})',
+                *(record.share(each) for each in TITLES),
+                f'{record.race.contestants["batch"].bound:.2f}',
+            )
+            for record in records
+        ),
+    )
+
+
+def _milliseconds(contestant: Contestant) -> str:
+    return f'{1e3 * statistics.fmean(statistics.fmean(run) for run in contestant.seconds):.0f} ms'
+
+
+def times_table(records: Sequence[Record]) -> str:
+    header = (
+        *('network', 'rate, schedule', 'images', 'constant depth', TITLES[TIMM]),
+        *(f'{TITLES[mode]}{what}' for mode in BESIDE_TIMM for what in ('', ', no luck')),
+        'FLOPs left',
+    )
+    return table(header, map(_times, records))
+
+
+def _times(record: Record) -> list[str]:
+    race = record.race
+    constant = race.contestants[CONSTANT_DEPTH]
+    cells = [record.title, record.at, f'{race.batch} of {race.size} px']
+    cells += [_milliseconds(constant), record.share(TIMM)]
+    for mode in BESIDE_TIMM:
+        found = race.contestants.get(mode)
+        without = found and found.ratio_without_luck(constant)
+        cells += [f'**{record.share(mode)}**' if found else '', f'{without:.3f}' if without else '']
+    return [*cells, f'{race.contestants["subset"].bound:.3f}']
+
+
+def bytes_table(records: Sequence[Record]) -> str:
+    """Of what a step keeps for backward, by those records that counted it."""
+    rows = []
+    for record in records:
+        constant, *others = (record.race.contestants.get(each) for each in (CONSTANT_DEPTH, *BESIDE_TIMM))
+        bytes_ = constant.saved_bytes[0]
+        shares = (
+            f'{statistics.fmean(each.saved_bytes) / bytes_:.2f}, {max(each.saved_bytes) / bytes_:.2f}' if each else ''
+            for each in others
+        )
+        rows.append((record.title, record.at, f'{bytes_ / 2**20:.0f} MiB', *shares))
+    modes = (f'{TITLES[mode]}: mean, most' for mode in BESIDE_TIMM)
+    return table(('network', 'rate, schedule', 'constant depth', *modes), rows)
+
+
+def commands() -> str:
+    rows = ((f'[`{name}`](results/{name}.json)', f'`sd-resnet bench {said}`') for name, said in RECORDS.items())
+    return table(('record', 'made by'), rows)
+
+
+def draw(records: Sequence[Record]) -> None:
+    """What is computed in one step, by whom, and what a step takes then."""
+    figure = figure_class()(figsize=(9.6, 4.2), dpi=150, layout='constrained')
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.25))
+    left.suptitle('What is computed in a step: 16 images, 16 blocks', fontsize=10)
+    right.suptitle('What a training step takes', fontsize=10)
+    _draw_work(left.subplots(3, 1, sharex=True))
+    _draw_times(right.subplots(), records)
+    save_figure(figure, PICTURE)
+
+
+def _draw_work(axes: Any) -> None:
+    """One draw of each kind for `sd_resnet50`."""
+    rows = 16
+    p = torch.tensor(survival_probs(16, 0.5))
+    generator = torch.Generator().manual_seed(3)
+    masks = torch.rand(rows, 16, generator=generator) < p
+    sizes = (p * rows + torch.rand(16, generator=generator)).floor()
+    starts = torch.randint(rows, (16,), generator=generator)
+    windows = (torch.arange(rows)[:, None] - starts) % rows < sizes
+    blocks = (torch.rand(16, generator=generator) < p).expand(rows, 16)
+    said = ("timm's drop path", 'all, then times 0'), ('subset', 'what survives'), ('batch', 'whole blocks')
+    for axis, (name, what), kept, lost in zip(axes, said, (masks, windows, blocks), (DROPPED, 'white', 'white')):
+        colours = np.where(kept[..., None], _rgb(COLOURS['subset' if name == 'subset' else 'batch']), _rgb(lost))
+        axis.imshow(colours, aspect='auto', interpolation='none')
+        axis.set_xticks(np.arange(-0.5, 16), minor=True)
+        axis.set_yticks(np.arange(-0.5, rows), minor=True)
+        axis.grid(which='minor', color='#EEF1F4', linewidth=0.6)
+        axis.tick_params(which='both', length=0, labelbottom=False, labelleft=False)
+        axis.set_ylabel('images', fontsize=8)
+        axis.set_title(f'{name}: {what}', fontsize=9, loc='left')
+    axes[0].text(15.4, -0.9, 'grey: computed in vain', fontsize=8, ha='right', va='bottom')
+    axes[-1].set_xlabel('blocks, first to last', fontsize=8)
+
+
+def _rgb(colour: str) -> Any:
+    return np.array([int(colour.lstrip('#')[i : i + 2], 16) for i in (0, 2, 4)] if colour != 'white' else [255] * 3)
+
+
+def _draw_times(axis: Any, records: Sequence[Record]) -> None:
+    ticks, height = [], 0.27
+    for place, record in enumerate(records):
+        constant = record.race.contestants[CONSTANT_DEPTH]
+        for offset, (name, title) in zip((-height, 0, height), TITLES.items()):
+            ratios = record.race.contestants[name].ratios(constant)
+            ratio = statistics.fmean(ratios)
+            label = title.strip('`') if place == 0 else None
+            look = dict(color=COLOURS[name], label=label, xerr=standard_error(ratios), error_kw=dict(elinewidth=1))
+            axis.barh(place + offset, ratio, height * 0.9, **look)
+            axis.text(0.015, place + offset, f'{ratio:.2f}', va='center', color='white', fontsize=8)
+        bound = record.race.contestants['batch'].bound
+        label = 'floor: FLOPs left' if place == 0 else None
+        axis.vlines(bound, place - 1.6 * height, place + 1.6 * height, color=PROBABILITY, linewidth=2, label=label)
+        ticks.append(f'{record.race.model.removeprefix("sd_").split("_patch")[0]}\n{record.at}')
+    axis.axvline(1, color='black', linewidth=1)
+    axis.spines[['top', 'right']].set_visible(False)
+    axis.set_yticks(range(len(ticks)), ticks, fontsize=8)
+    axis.set(ylim=(len(records) - 0.4, -0.6), xlabel="share of constant depth's mean time")
+    axis.legend(loc='upper center', bbox_to_anchor=(0.45, -0.16), ncols=4, fontsize=8, frameon=False, columnspacing=1)
+
+
+def replaced(text: str, marker: str, made: str) -> str:
+    """The text with what is made between the marker and the end of what is made."""
+    head, begin, rest = text.partition(BEGIN.format(marker))
+    _, end, tail = rest.partition(END)
+    if not end:
+        raise ValueError(f'the page must hold {BEGIN.format(marker)!r} and {END!r}')
+    return head + begin + made + end + tail
+
+
+def pages() -> dict[Path, str]:
+    """What README and page are, from the records."""
+    records = {name: read_records(name)[0] for name in RECORDS}
+    every = list(records.values())
+    made = {'times': times_table(every), 'bytes': bytes_table(every), 'commands': commands()}
+    page = PAGE.read_text()
+    for marker, text in made.items():
+        page = replaced(page, marker, text)
+    return {PAGE: page, README: replaced(README.read_text(), 'table', readme_table([records[each] for each in FIRST]))}
+
+
+def main() -> None:
+    for path, text in pages().items():
+        with written_whole(path) as part:
+            part.write_text(text)
+    draw([read_records(each)[0] for each in FIRST])
+
+
+if __name__ == '__main__':
+    main()
