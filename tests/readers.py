@@ -1,6 +1,6 @@
 """One who does all that a page says, from top to bottom, as far as it takes seconds and no network."""
 
-import importlib
+import importlib.util
 import os
 import re
 import shutil
@@ -12,13 +12,17 @@ import types
 from argparse import ArgumentParser
 from fnmatch import fnmatchcase
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import timm
+import torch
 import yaml
+from packaging.requirements import Requirement
+from timm.data import resolve_data_config
 from timm.utils import ParseKwargs
 
 from sd_resnet.cli import main as cli
@@ -63,7 +67,7 @@ def follow(page, monkeypatch):
     monkeypatch.setitem(sys.modules, 'page', module)  # where pickle looks
     lines = page.read_text(encoding='utf-8').splitlines()
     for block in read_blocks(page):
-        if missing := [name for name in block.needs if not importlib.util.find_spec(name.replace('-', '_'))]:
+        if missing := [need for need in block.needs if not is_installed(need)]:
             absent.append(f'{page.name}:{block.line} needs {", ".join(missing)}')
             continue
         for start, step in steps(block, page, module, monkeypatch):
@@ -76,6 +80,15 @@ def follow(page, monkeypatch):
                 failed.append(f'{page.name}:{line}: {type(error).__name__}: {error}\n    {lines[line - 1].strip()}')
             print(f'{page.name}:{start}: {time.monotonic() - begun:.1f} s')
     return failed, absent
+
+
+def is_installed(need):
+    """Is a package here, in a version that will do? As pip is told: `onnx`, `torch>=2.6`."""
+    requirement = Requirement(need)
+    try:
+        return requirement.specifier.contains(version(requirement.name), prereleases=True)
+    except PackageNotFoundError:
+        return False
 
 
 def steps(block, page, module, monkeypatch):
@@ -184,7 +197,7 @@ def run_script(script, argv):
 
 
 def build(argv):
-    """The network of a command line of timm's scripts, with the weights that it names."""
+    """The network of a command line of timm's scripts, with its weights, on an image as they would read it."""
     parser = ArgumentParser(allow_abbrev=False)
     for flag, options in {
         '--config': {},
@@ -193,6 +206,10 @@ def build(argv):
         '--drop-path': dict(type=float),
         '--num-classes': dict(type=int),
         '--in-chans': dict(type=int),
+        '--img-size': dict(type=int),
+        '--input-size': dict(nargs=3, type=int),
+        '--mean': dict(nargs='+', type=float),
+        '--std': dict(nargs='+', type=float),
         '--model-kwargs': dict(nargs='*', default={}, action=ParseKwargs),
         '--pretrained': dict(action='store_true'),
         '--pretrained-path': {},
@@ -201,7 +218,12 @@ def build(argv):
     if (config := parser.parse_known_args(argv)[0].config) is not None:
         parser.set_defaults(**yaml.safe_load(Path(config).read_text(encoding='utf-8')))
     args, _ = parser.parse_known_args(argv)
-    given = dict(drop_path_rate=args.drop_path, num_classes=args.num_classes, in_chans=args.in_chans)
+    given = dict(drop_path_rate=args.drop_path, num_classes=args.num_classes, **args.model_kwargs)
+    given['in_chans'] = args.in_chans or (args.input_size or [None])[0]
     if args.pretrained_path:
         given['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)  # as timm's script has it
-    timm.create_model(args.model, args.pretrained, checkpoint_path=args.checkpoint, **given, **args.model_kwargs)
+    model = timm.create_model(args.model, args.pretrained, checkpoint_path=args.checkpoint, **given).eval()
+    data = resolve_data_config(vars(args), model=model)
+    mean, std = (torch.tensor(data[name]).view(-1, 1, 1) for name in ('mean', 'std'))
+    with torch.no_grad():
+        model((torch.rand(1, *data['input_size']) - mean) / std)

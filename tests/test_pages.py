@@ -11,6 +11,7 @@ import timm
 import torch
 import yaml
 from timm.models import _builder
+from timm.optim import create_optimizer_v2
 
 import sd_resnet
 from sd_resnet.analysis import datasets
@@ -34,6 +35,10 @@ def examples(tmp_path_factory):
     write_images(folder / 'home' / 'images', 30, 10, 10, size=28, mode='L')
     run = write_run(folder / 'home' / 'output' / 'train' / 'RUN', 'sd_resnet20_cifar', in_chans=1)
     edit_args(run, data_dir='images', in_chans=1, img_size=None, input_size=[1, 28, 28], mean=[0.3], std=[0.3])
+    model = timm.create_model('sd_resnet20_cifar', in_chans=1)
+    optimizer = create_optimizer_v2(model, 'sgd', lr=0.05, weight_decay=2e-5)  # as the script has it, for --resume
+    for file in run.glob('*.tar'):
+        torch.save({**torch.load(file, weights_only=False), 'optimizer': optimizer.state_dict()}, file)
     assert cli.main(['push', str(run), '--repo-id', 'me/my_model', '--dry-run', str(folder / 'published')]) == 0
     return folder
 
@@ -58,8 +63,8 @@ def home(examples, server, fashion, tmp_path, monkeypatch):
 def load_new(load_pretrained, model, pretrained_cfg=None, *args, **kwargs):
     """timm's `load_pretrained`, but for what lies in timm's own repositories: those cannot be reached from here.
 
-    In its place come the weights of timm's network of that name and tag, as they are when it is new. Their names and shapes
-    are those of what is published, and all that timm does with it is done.
+    In its place come the weights of timm's network of that name and tag, as they are when it is new: of the names and
+    shapes of what is published. All that timm does with it is done.
     """
     config = dict(pretrained_cfg or model.pretrained_cfg)
     if not (config.get('source') or config.get('file')) and (config.get('hf_hub_id') or config.get('url')):
@@ -134,8 +139,9 @@ WRONG = {  # a page, and how each of the lines that are found begins
     '```sh\npython -m docs.architecture --fast\n```': ['wrong.md:2: AssertionError: docs.architecture takes no'],
     '```sh\npip install ".[everything]"\n```': ["wrong.md:2: AssertionError: unknown extras in {'everything'}"],
     '```sh\ntorchrun train.py --model sd_resnet18 --model-kwargs drop_path_mode=no\n```': ['wrong.md:2: ValueError: '],
+    '```sh\npython train.py --model sd_resnet18 --in-chans 1\n```': ['wrong.md:2: '],
     '```sh\nsd-resnet info sd_resnet18  # a comment\n\n# another\n```\n\n```text\nnothing\n```': [],
-    '<!-- needs: a-package -->\n```python\nraise ValueError\n```\n': [],
+    '<!-- needs: torch timm>=99 -->\n```python\nraise ValueError\n```\n': [],
 }
 
 

@@ -61,8 +61,6 @@ class ConvertedNetwork:
         for drop_path, rate in product(drop_paths, ('drop_prob', 'p')):
             if getattr(drop_path, rate, None):
                 setattr(drop_path, rate, 0.0)
-        if cfg := getattr(plain, 'pretrained_cfg', None):
-            plain.pretrained_cfg = plain.default_cfg = {**cfg, 'architecture': cfg['architecture'].removeprefix('sd_')}
         return plain
 
     def on_forward(self, tell: Callable[[list[float]], None]) -> None:

@@ -74,7 +74,7 @@ def convert(
         raise ValueError(f'drop_path must be a class, or a tuple of classes, got {drop_path!r}')
     draws = Draws(sync, as_ramp(ramp, next((p.device for p in model.parameters()), None)), size)
     plain = copy_without_data(model)  # a model that is converted already stays so if anything fails
-    unconvert(plain)
+    _restored(plain)
     kinds = drop_path if isinstance(drop_path, tuple) else (drop_path,)
     unfit = _unfit(model, kinds)
     try:
@@ -88,7 +88,7 @@ def convert(
         raise ValueError(f'{kind} has no residual block that can be skipped ({reasons or "it holds no drop path"})')
     probs = _survival_probs(plans, drop_path_rate, schedule)
 
-    unconvert(model)
+    _restored(model)
     drop_paths = [d for plan, own in zip(plans, probs) for d in carry_out(model, plan, own, mode, draws)]
     for each in drop_paths:
         each.network_drops, each.ramped = any(d.drops for d in drop_paths), draws.ramp is not None
@@ -125,16 +125,29 @@ _OURS = (BlockDropPath, BranchDropPath)
 
 
 def unconvert(model: nn.Module) -> None:
-    """Undo `convert`, in place: the blocks' own classes, drop paths and rates are back.
+    """Undo `convert`, in place: the blocks' own classes, drop paths and rates are back, and timm's name of the network.
 
     Args:
         model: A converted network, a part of one, or a module around one; anything else stays as it is.
     """
+    for network in _restored(model):
+        config = getattr(network, 'pretrained_cfg', None) or {}
+        name = str(config.get('architecture'))
+        if name.startswith('sd_'):
+            network.pretrained_cfg = network.default_cfg = {**config, 'architecture': name.removeprefix('sd_')}
+
+
+def _restored(model: nn.Module) -> list[Any]:
+    """The networks in it that were converted, and are no more."""
+    networks = []
     for module in list(model.modules()):
         if isinstance(module, Converted):
             module.restore()
-        if remove_hooks(module, lambda hook: hook is _before_loading) and hasattr(module, 'drop_path_ramp'):
-            del module.drop_path_ramp
+        if remove_hooks(module, lambda hook: hook is _before_loading):
+            networks.append(module)
+            if hasattr(module, 'drop_path_ramp'):
+                del module.drop_path_ramp
+    return networks
 
 
 def converted_blocks(model: nn.Module) -> dict[str, ConvertedBlock]:

@@ -69,7 +69,7 @@ def write_repository(
         VerificationError: What was written does not load, or holds a token of the Hub; it is not left behind.
     """
     if run.converted:
-        advice = "publish it with timm's push_to_hf_hub(sd_resnet.analysis.pruning.load(RUN), REPO)"
+        advice = 'load it, sd_resnet.unconvert(model), and timm.models.push_to_hf_hub(model, REPO): see docs/hub.md'
         raise ValueError(f"{run.name} is timm's network, and this publishes the package's own; {advice}")
     trained: Any = run.model()
     model: Any = fold(trained) if plain else trained

@@ -134,3 +134,12 @@ def test_averages_and_copies_keep_the_name():
     model = timm.create_model('sd_vit_tiny_patch16_224', **VIT)
     assert copy.deepcopy(model).pretrained_cfg['architecture'] == 'sd_vit_tiny_patch16_224'
     assert safe_model_name(model.pretrained_cfg['architecture']) == 'sd_vit_tiny_patch16_224'
+
+
+def test_unconvert_gives_back_timms_name_and_convert_keeps_ours():
+    """By it timm writes what it publishes: under ours nobody could load that without this package."""
+    model = timm.create_model('sd_test_vit')
+    sd_resnet.convert(model, 0.3)
+    assert model.pretrained_cfg['architecture'] == 'sd_test_vit'
+    sd_resnet.unconvert(model)
+    assert (model.pretrained_cfg['architecture'], model.default_cfg['architecture']) == ('test_vit', 'test_vit')
