@@ -252,8 +252,7 @@ class _Training:
         self.network = network.to(self.device, memory_format=layout).train()  # type: ignore[call-overload]
         self.images, self.labels = images.to(self.device, memory_format=layout), labels.to(self.device)
         if settings.compile:  # torch gives up on a frame by its code: not on that of the others of its class, too
-            forward: Any = network.forward
-            network.forward = MethodType(with_own_code(forward.__func__), network)
+            network.forward = MethodType(with_own_code(type(network).forward), network)
         self.call: Any = torch.compile(network) if settings.compile else network
         self.optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
 
