@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from timm.models import is_model
 from torch import nn
 
 from ..core.drop_path import StochasticDepth
@@ -131,9 +132,9 @@ def unconvert(model: nn.Module) -> None:
         model: A converted network, a part of one, or a module around one; anything else stays as it is.
     """
     for network in _restored(model):
-        config = getattr(network, 'pretrained_cfg', None) or {}
-        name = str(config.get('architecture'))
-        if name.startswith('sd_'):
+        config: Any = getattr(network, 'pretrained_cfg', None)
+        name = str(config.get('architecture')) if isinstance(config, dict) else ''
+        if name.startswith('sd_') and is_model(name.removeprefix('sd_')):
             network.pretrained_cfg = network.default_cfg = {**config, 'architecture': name.removeprefix('sd_')}
 
 

@@ -143,3 +143,12 @@ def test_unconvert_gives_back_timms_name_and_convert_keeps_ours():
     assert model.pretrained_cfg['architecture'] == 'sd_test_vit'
     sd_resnet.unconvert(model)
     assert (model.pretrained_cfg['architecture'], model.default_cfg['architecture']) == ('test_vit', 'test_vit')
+
+
+@pytest.mark.parametrize('config', [None, {'input_size': (3, 160, 160)}, {'architecture': 'sd_of_a_third_party'}])
+def test_unconvert_leaves_other_names_alone(config):
+    model = timm.create_model('test_vit', drop_path_rate=0.2)
+    model.pretrained_cfg = config
+    sd_resnet.convert(model, input_size=(3, 160, 160))
+    sd_resnet.unconvert(model)
+    assert model.pretrained_cfg == config
