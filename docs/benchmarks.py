@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from sd_resnet import survival_probs
-from sd_resnet.bench.measure import CONSTANT_DEPTH, TIMM, Contestant, Race
-from sd_resnet.bench.report import standard_error
+from sd_resnet.bench.measure import CONSTANT_DEPTH, TIMM, UNDROPPED, Contestant, Race
+from sd_resnet.bench.report import break_even, standard_error
 from sd_resnet.figures import DROPPED, KEPT, METHODS, OTHER, PROBABILITY, figure_class, save_figure
 from sd_resnet.files import written_whole
 
 FOLDER = Path(__file__).parent
-PAGE, README, PICTURE = FOLDER / 'benchmarks.md', FOLDER.parent / 'README.md', FOLDER / 'saving.png'
+PAGE, PEERS, README = FOLDER / 'benchmarks.md', FOLDER / 'peers.md', FOLDER.parent / 'README.md'
+PICTURE = FOLDER / 'saving.png'
 BEGIN, END = '<!-- made by python -m docs.benchmarks: {} -->\n', '<!-- end of what is made -->\n'
 THREE_RUNS = '--seeds 3 --steps 14'
 ANY = f'--drop-path 0.4 --schedule uniform --batch 10 {THREE_RUNS}'
@@ -29,13 +30,34 @@ RECORDS = {  # and the options of `sd-resnet bench` that made them
     'resnet50': RESNET50,
     'resnet50_channels_last': f'{RESNET50} --channels-last',
     'resnet50_compiled': f'{RESNET50} --compile',
-    'convnext_small': f'--model sd_convnext_small --size 128 --saved-steps 40 {THREE_RUNS}',
+    'convnext_small': f'--model sd_convnext_small --drop-path 0.4 --size 128 {THREE_RUNS}',
     'any_vit_tiny_patch16_224': f'--model sd_vit_tiny_patch16_224 {ANY}',
     'any_convnext_atto': f'--model sd_convnext_atto {ANY}',
     'any_swin_tiny_patch4_window7_224': f'--model sd_swin_tiny_patch4_window7_224 {ANY}',
     'any_vit_tiny_patch16_224_compiled': f'--model sd_vit_tiny_patch16_224 {ANY} --compile --modes subset',
     'any_convnext_atto_compiled': f'--model sd_convnext_atto {ANY} --compile --modes subset',
+    'any_swin_tiny_patch4_window7_224_compiled': (
+        f'--model sd_swin_tiny_patch4_window7_224 {ANY} --compile --modes subset'
+    ),
+    'rates_vit_tiny': (
+        '--model sd_vit_tiny_patch16_224 --drop-path 0.05 0.1 0.2 0.4 --schedule uniform --batch 10 --saved-steps 0 '
+        + THREE_RUNS
+    ),
+    'rates_resnet50': (
+        f'--model sd_resnet50 --drop-path 0.1 0.2 0.4 --schedule uniform --size 128 --saved-steps 0 {THREE_RUNS}'
+    ),
+    'batches_vit_tiny': (
+        '--model sd_vit_tiny_patch16_224 --drop-path 0.2 --schedule uniform --batch 2 4 8 16 --saved-steps 0 '
+        + THREE_RUNS
+    ),
+    'peers': '--peers --seeds 3 --steps 14',
+    'overhead': (
+        '--model sd_resnet50 sd_vit_tiny_patch16_224 sd_convnext_atto --drop-path 0 --size 128 --saved-steps 0 '
+        + THREE_RUNS
+    ),
 }
+RATES = ('rates_vit_tiny', 'rates_resnet50')
+SEVERAL = (*RATES, 'batches_vit_tiny', 'overhead', 'peers')  # races in each
 FIRST = ('resnet50', 'convnext_small', 'any_vit_tiny_patch16_224', 'any_swin_tiny_patch4_window7_224')  # in README
 BESIDE_TIMM = ('subset', 'batch')
 COLOURS = {TIMM: OTHER, 'subset': METHODS['subset-0.5'], 'batch': KEPT}
@@ -69,7 +91,7 @@ class Record(NamedTuple):
 def read_records(name: str) -> list[Record]:
     """One for each race."""
     record = json.loads((FOLDER / 'results' / f'{name}.json').read_text())
-    (settings,), found = record['settings'], []
+    settings, found = record['settings'][0], []
     for race in record['races']:
         contestants = {each: Contestant(**measured) for each, measured in race.pop('contestants').items()}
         found.append(Record(name, settings, Race(**race, contestants=contestants)))
@@ -121,6 +143,77 @@ def _times(record: Record) -> list[str]:
         without = found and found.ratio_without_luck(constant)
         cells += [f'**{record.share(mode)}**' if found else '', f'{without:.3f}' if without else '']
     return [*cells, f'{race.contestants["subset"].bound:.3f}']
+
+
+def sweep_table(races: Sequence[Record]) -> str:
+    """Of records with several races."""
+    header = ('network', 'images', 'rate', TITLES[TIMM], TITLES['subset'], f'{TITLES["batch"]}, no luck', 'FLOPs left')
+    return table(header, map(_swept, races))
+
+
+def _swept(record: Record) -> list[str]:
+    race = record.race
+    without = race.contestants['batch'].ratio_without_luck(race.contestants[CONSTANT_DEPTH])
+    cells = [record.title, f'{race.batch} of {race.size} px', f'{race.rate:g}', *map(record.share, (TIMM, 'subset'))]
+    return [*cells, f'{without:.3f}', f'{race.contestants["subset"].bound:.3f}']
+
+
+def break_even_table(sweeps: Sequence[Sequence[Record]]) -> str:
+    """From which rate on a step is quicker than at constant depth, by each sweep over rates."""
+    rows = (
+        (records[0].title, *(break_even([each.race for each in records], mode) for mode in BESIDE_TIMM))
+        for records in sweeps
+    )
+    return table(('network', *(f'{TITLES[mode]} is quicker' for mode in BESIDE_TIMM)), rows)
+
+
+def overhead_table(races: Sequence[Record]) -> str:
+    """Where nothing drops."""
+    header = ('network', 'images', 'constant depth', *TITLES.values())
+    return table(
+        header,
+        (
+            (
+                record.title,
+                f'{record.race.batch} of {record.race.size} px',
+                _milliseconds(record.race.contestants[CONSTANT_DEPTH]),
+                *map(record.share, TITLES),
+            )
+            for record in races
+        ),
+    )
+
+
+def peers_table(records: Sequence[Record]) -> str:
+    """Time less the luck of the draw, and bytes, as shares of each contestant's own code undropped."""
+    races = [record.race for record in records]
+    header = ['', *(f'{each.title}, {each.race.size} px: {what}' for each in records for what in ('time', 'bytes'))]
+    rows = []
+    for name in races[0].contestants:
+        if name != CONSTANT_DEPTH and not name.endswith(UNDROPPED):
+            shares = (_time_and_bytes(race.contestants[name], race.undropped(name)) for race in races)
+            rows.append((TITLES.get(name, name), *(cell for own in shares for cell in own)))
+    floors = (cell for race in races for cell in (f'{race.contestants["batch"].bound:.3f}', ''))
+    return table(header, [*rows, ('floor: share of FLOPs left', *floors)])
+
+
+def _time_and_bytes(own: Contestant, undropped: Contestant) -> tuple[str, str]:
+    without = own.ratio_without_luck(undropped)
+    time = f'{own.ratio(undropped) if without is None else without:.3f}'
+    if error := standard_error(own.ratios(undropped)):
+        time += f' ± {error:.3f}'
+    return time, f'{statistics.fmean(own.saved_bytes) / undropped.saved_bytes[0]:.3f}'
+
+
+def breaks_table() -> str:
+    """What was tried of each peer and mode, on two small networks."""
+    tried = json.loads((FOLDER / 'results' / 'peers.json').read_text())['breaks']
+    rows = [
+        (f'`{model}`', TITLES.get(each, each), *of['words'].values())
+        for model in tried
+        for each, of in tried[model].items()
+    ]
+    return table(('network', '', *tried['sd_resnet26']['subset']['words']), rows)
 
 
 def bytes_table(records: Sequence[Record]) -> str:
@@ -215,13 +308,23 @@ def replaced(text: str, marker: str, made: str) -> str:
 
 def pages() -> dict[Path, str]:
     """What README and page are, from the records."""
-    records = {name: read_records(name)[0] for name in RECORDS}
-    every = list(records.values())
-    made = {'times': times_table(every), 'bytes': bytes_table(every), 'commands': commands()}
+    records = {name: read_records(name) for name in RECORDS}
+    singles = [races[0] for name, races in records.items() if name not in SEVERAL]
+    made = {'times': times_table(singles), 'bytes': bytes_table(singles), 'commands': commands()}
+    made |= {'rates': sweep_table([race for each in RATES for race in records[each]])}
+    made |= {'batches': sweep_table(records['batches_vit_tiny'])}
+    made |= {'break-even': break_even_table([records[each] for each in RATES])}
+    made |= {'overhead': overhead_table(records['overhead'])}
     page = PAGE.read_text()
     for marker, text in made.items():
         page = replaced(page, marker, text)
-    return {PAGE: page, README: replaced(README.read_text(), 'table', readme_table([records[each] for each in FIRST]))}
+    peers = replaced(PEERS.read_text(), 'peers', peers_table(read_records('peers')))
+    peers = replaced(peers, 'breaks', breaks_table())
+    return {
+        PAGE: page,
+        PEERS: peers,
+        README: replaced(README.read_text(), 'table', readme_table([records[each][0] for each in FIRST])),
+    }
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ def test_the_pages_are_what_the_records_give():
 def test_each_record_is_of_the_command_beside_it(name):
     args = cli._parser().parse_args(['bench', *shlex.split(benchmarks.RECORDS[name])])
     for record in benchmarks.read_records(name):
-        assert record.race.model in args.models
+        assert record.race.model in (args.models or [record.race.model])
         assert record.race.rate in (args.rates or [record.race.rate])
         assert record.race.batch in (args.batches or [16])
         assert record.race.size in (args.sizes or [record.race.size])
@@ -26,6 +26,7 @@ def test_each_record_is_of_the_command_beside_it(name):
         assert kept == {each: getattr(args, each) or record.settings[each] for each in kept}
         assert kept['compile'] == args.compile
         assert kept['channels_last'] == args.channels_last
+        assert record.settings['peers'] == args.peers
         assert all(len(run) == args.steps for run in record.race.contestants['subset'].seconds)
         assert len(record.race.contestants['subset'].seconds) == args.seeds
 
