@@ -1,7 +1,7 @@
 """Tables and picture of step times, from the records in docs/results/: `python -m docs.benchmarks`, in a clone.
 
-Writes what stands between the markers of README.md and docs/benchmarks.md, and docs/saving.png. Measures nothing: each
-record is made by the command beside it.
+Writes what stands between the markers of README.md, docs/benchmarks.md and docs/peers.md, and docs/saving.png. Measures
+nothing: each record is made by the command beside it.
 """
 
 import json
@@ -50,14 +50,15 @@ RECORDS = {  # and the options of `sd-resnet bench` that made them
         '--model sd_vit_tiny_patch16_224 --drop-path 0.2 --schedule uniform --batch 2 4 8 16 --saved-steps 0 '
         + THREE_RUNS
     ),
-    'peers': '--peers --seeds 3 --steps 14',
+    'growth': '--growth --steps 14',
+    'peers': f'--peers {THREE_RUNS}',
+    'peers_short': '--peers',
     'overhead': (
         '--model sd_resnet50 sd_vit_tiny_patch16_224 sd_convnext_atto --drop-path 0 --size 128 --saved-steps 0 '
         + THREE_RUNS
     ),
 }
 RATES = ('rates_vit_tiny', 'rates_resnet50')
-SEVERAL = (*RATES, 'batches_vit_tiny', 'overhead', 'peers')  # races in each
 FIRST = ('resnet50', 'convnext_small', 'any_vit_tiny_patch16_224', 'any_swin_tiny_patch4_window7_224')  # in README
 BESIDE_TIMM = ('subset', 'batch')
 COLOURS = {TIMM: OTHER, 'subset': METHODS['subset-0.5'], 'batch': KEPT}
@@ -82,19 +83,37 @@ class Record(NamedTuple):
         how = ', channels_last' * self.settings['channels_last'] + ', compiled' * self.settings['compile']
         return f'`{self.race.model}`{how}'
 
+    @property
+    def images(self) -> str:
+        """Of a step."""
+        return f'{self.race.batch} of {self.race.size} px'
+
+    @property
+    def constant(self) -> str:
+        """Milliseconds of a step at constant depth."""
+        return f'{1e3 * statistics.fmean(map(statistics.fmean, self.race.contestants[CONSTANT_DEPTH].seconds)):.0f} ms'
+
     def share(self, contestant: str) -> str:
-        """Of constant depth's mean step time: mean over runs and its standard error."""
-        ratios = self.race.contestants[contestant].ratios(self.race.contestants[CONSTANT_DEPTH])
-        return f'{statistics.fmean(ratios):.3f} ± {standard_error(ratios):.3f}'
+        """Of constant depth's mean step time, or of the contestant's own code undropped."""
+        return _mean_and_error(self.race.contestants[contestant].ratios(self.race.undropped(contestant)))
+
+    def without_luck(self, contestant: str) -> str:
+        """The same, less what the draws left out or added; empty where that was not counted."""
+        return _mean_and_error(self.race.contestants[contestant].ratios_without_luck(self.race.undropped(contestant)))
+
+
+def _mean_and_error(ratios: Sequence[float]) -> str:
+    """Over runs."""
+    return f'{statistics.fmean(ratios):.3f} ± {standard_error(ratios):.3f}' if ratios else ''
 
 
 def read_records(name: str) -> list[Record]:
-    """One for each race."""
+    """One for each race; what is told of the settings is the same in all of a file."""
     record = json.loads((FOLDER / 'results' / f'{name}.json').read_text())
-    settings, found = record['settings'][0], []
+    found = []
     for race in record['races']:
         contestants = {each: Contestant(**measured) for each, measured in race.pop('contestants').items()}
-        found.append(Record(name, settings, Race(**race, contestants=contestants)))
+        found.append(Record(name, record['settings'][0], Race(**race, contestants=contestants)))
     return found
 
 
@@ -105,23 +124,15 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def readme_table(records: Sequence[Record]) -> str:
     header = ('network', 'rate, schedule', 'constant depth', *TITLES.values(), 'floor: FLOPs left')
-    return table(
-        header,
-        (
-            (
-                f'`{record.race.model}`',
-                record.at,
-                f'1 ({_milliseconds(record.race.contestants[CONSTANT_DEPTH])})',
-                *(record.share(each) for each in TITLES),
-                f'{record.race.contestants["batch"].bound:.2f}',
-            )
-            for record in records
-        ),
+    rows = (
+        (f'`{each.race.model}`', each.at, f'1 ({each.constant})', *map(each.share, TITLES), f'{_floor(each):.2f}')
+        for each in records
     )
+    return table(header, rows)
 
 
-def _milliseconds(contestant: Contestant) -> str:
-    return f'{1e3 * statistics.fmean(statistics.fmean(run) for run in contestant.seconds):.0f} ms'
+def _floor(record: Record) -> Any:
+    return record.race.contestants['subset'].bound
 
 
 def times_table(records: Sequence[Record]) -> str:
@@ -134,28 +145,22 @@ def times_table(records: Sequence[Record]) -> str:
 
 
 def _times(record: Record) -> list[str]:
-    race = record.race
-    constant = race.contestants[CONSTANT_DEPTH]
-    cells = [record.title, record.at, f'{race.batch} of {race.size} px']
-    cells += [_milliseconds(constant), record.share(TIMM)]
+    cells = [record.title, record.at, record.images, record.constant, record.share(TIMM)]
     for mode in BESIDE_TIMM:
-        found = race.contestants.get(mode)
-        without = found and found.ratio_without_luck(constant)
-        cells += [f'**{record.share(mode)}**' if found else '', f'{without:.3f}' if without else '']
-    return [*cells, f'{race.contestants["subset"].bound:.3f}']
+        raced = mode in record.race.contestants
+        cells += [f'**{record.share(mode)}**', record.without_luck(mode)] if raced else ['', '']
+    return [*cells, f'{_floor(record):.3f}']
 
 
 def sweep_table(races: Sequence[Record]) -> str:
     """Of records with several races."""
     header = ('network', 'images', 'rate', TITLES[TIMM], TITLES['subset'], f'{TITLES["batch"]}, no luck', 'FLOPs left')
-    return table(header, map(_swept, races))
-
-
-def _swept(record: Record) -> list[str]:
-    race = record.race
-    without = race.contestants['batch'].ratio_without_luck(race.contestants[CONSTANT_DEPTH])
-    cells = [record.title, f'{race.batch} of {race.size} px', f'{race.rate:g}', *map(record.share, (TIMM, 'subset'))]
-    return [*cells, f'{without:.3f}', f'{race.contestants["subset"].bound:.3f}']
+    rows = (
+        (each.title, each.images, f'{each.race.rate:g}', *map(each.share, (TIMM, 'subset')))
+        + (each.without_luck('batch'), f'{_floor(each):.3f}')
+        for each in races
+    )
+    return table(header, rows)
 
 
 def break_even_table(sweeps: Sequence[Sequence[Record]]) -> str:
@@ -170,39 +175,28 @@ def break_even_table(sweeps: Sequence[Sequence[Record]]) -> str:
 def overhead_table(races: Sequence[Record]) -> str:
     """Where nothing drops."""
     header = ('network', 'images', 'constant depth', *TITLES.values())
-    return table(
-        header,
-        (
-            (
-                record.title,
-                f'{record.race.batch} of {record.race.size} px',
-                _milliseconds(record.race.contestants[CONSTANT_DEPTH]),
-                *map(record.share, TITLES),
-            )
-            for record in races
-        ),
-    )
+    return table(header, ((each.title, each.images, each.constant, *map(each.share, TITLES)) for each in races))
 
 
 def peers_table(records: Sequence[Record]) -> str:
     """Time less the luck of the draw, and bytes, as shares of each contestant's own code undropped."""
-    races = [record.race for record in records]
     header = ['', *(f'{each.title}, {each.race.size} px: {what}' for each in records for what in ('time', 'bytes'))]
-    rows = []
-    for name in races[0].contestants:
-        if name != CONSTANT_DEPTH and not name.endswith(UNDROPPED):
-            shares = (_time_and_bytes(race.contestants[name], race.undropped(name)) for race in races)
-            rows.append((TITLES.get(name, name), *(cell for own in shares for cell in own)))
-    floors = (cell for race in races for cell in (f'{race.contestants["batch"].bound:.3f}', ''))
+    names = (each for each in records[0].race.contestants if each != CONSTANT_DEPTH and not each.endswith(UNDROPPED))
+    rows = [
+        (TITLES.get(name, name), *(cell for each in records for cell in (_time(each, name), _bytes(each, name))))
+        for name in names
+    ]
+    floors = (cell for each in records for cell in (f'{_floor(each):.3f}', ''))
     return table(header, [*rows, ('floor: share of FLOPs left', *floors)])
 
 
-def _time_and_bytes(own: Contestant, undropped: Contestant) -> tuple[str, str]:
-    without = own.ratio_without_luck(undropped)
-    time = f'{own.ratio(undropped) if without is None else without:.3f}'
-    if error := standard_error(own.ratios(undropped)):
-        time += f' ± {error:.3f}'
-    return time, f'{statistics.fmean(own.saved_bytes) / undropped.saved_bytes[0]:.3f}'
+def _time(record: Record, name: str) -> str:
+    return record.without_luck(name) or record.share(name)
+
+
+def _bytes(record: Record, name: str) -> str:
+    kept, undropped = record.race.contestants[name].saved_bytes, record.race.undropped(name).saved_bytes[0]
+    return f'{statistics.fmean(kept) / undropped:.3f}'
 
 
 def breaks_table() -> str:
@@ -217,18 +211,16 @@ def breaks_table() -> str:
 
 
 def bytes_table(records: Sequence[Record]) -> str:
-    """Of what a step keeps for backward, by those records that counted it."""
+    """Of what a step keeps for backward."""
     rows = []
     for record in records:
-        constant, *others = (record.race.contestants.get(each) for each in (CONSTANT_DEPTH, *BESIDE_TIMM))
-        bytes_ = constant.saved_bytes[0]
-        shares = (
-            f'{statistics.fmean(each.saved_bytes) / bytes_:.2f}, {max(each.saved_bytes) / bytes_:.2f}' if each else ''
-            for each in others
-        )
-        rows.append((record.title, record.at, f'{bytes_ / 2**20:.0f} MiB', *shares))
+        raced = record.race.contestants
+        bytes_ = raced[CONSTANT_DEPTH].saved_bytes[0]
+        kept = [raced[mode].saved_bytes if mode in raced else [] for mode in BESIDE_TIMM]
+        shares = (f'{statistics.fmean(each) / bytes_:.2f}, {max(each) / bytes_:.2f}' if each else '' for each in kept)
+        rows.append((record.title, record.at, f'{bytes_ / 2**20:.0f} MiB', f'{len(kept[0])}', *shares))
     modes = (f'{TITLES[mode]}: mean, most' for mode in BESIDE_TIMM)
-    return table(('network', 'rate, schedule', 'constant depth', *modes), rows)
+    return table(('network', 'rate, schedule', 'constant depth', 'steps', *modes), rows)
 
 
 def commands() -> str:
@@ -309,7 +301,7 @@ def replaced(text: str, marker: str, made: str) -> str:
 def pages() -> dict[Path, str]:
     """What README and page are, from the records."""
     records = {name: read_records(name) for name in RECORDS}
-    singles = [races[0] for name, races in records.items() if name not in SEVERAL]
+    singles = [races[0] for races in records.values() if len(races) == 1]
     made = {'times': times_table(singles), 'bytes': bytes_table(singles), 'commands': commands()}
     made |= {'rates': sweep_table([race for each in RATES for race in records[each]])}
     made |= {'batches': sweep_table(records['batches_vit_tiny'])}

@@ -4,6 +4,8 @@ import warnings
 from functools import cache
 
 import sd_resnet
+from sd_resnet.converted.blocks import BlockDropPath
+from sd_resnet.converted.by_branch import BranchDropPath
 
 from .conftest import make
 from .families import build
@@ -26,4 +28,7 @@ def network(kind, mode, ramp=False, rate=0.4):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         sd_resnet.convert(model, rate, 'uniform', mode, ramp=ramp, input_size=tuple(x.shape[1:]))
+    # Else what fails in a branch's code would be converted in another way, and the tests be green without it
+    way = BlockDropPath if mode == 'batch' else BranchDropPath
+    assert {type(each) for each in model.modules() if isinstance(each, sd_resnet.StochasticDepth)} == {way}
     return model, x.shape[-1]

@@ -80,7 +80,7 @@ def growth(**given: Any) -> list[list[Settings]]:
     20 steps, where nothing else is given, take a quarter of an hour on two cores. The deepest are not measured.
     """
     given = {'steps': 20, 'saved_steps': 0} | given
-    depth = {'batches': (128,)} | given  # the paper's batches, on CIFAR
+    depth: dict[str, Any] = {'batches': (128,)} | given  # the paper's batches, on CIFAR
     nets = tuple(f'sd_resnet{layers}_cifar' for layers in (20, 32, 44, 56, 110))
     deepest = ('sd_resnet152_cifar', 'sd_resnet1202_cifar')
     transformers = tuple(f'sd_vit_{size}_patch16_224' for size in ('tiny', 'small', 'base', 'large'))
@@ -123,11 +123,11 @@ class Contestant:
         """The mean of `ratios` over runs."""
         return statistics.fmean(self.ratios(other, mean))
 
-    def ratio_without_luck(self, other: 'Contestant') -> float | None:
-        """Of mean step times, less what the draw left out or added; None where nothing is drawn."""
-        if self.bound is None or not self.observed:
-            return None
-        return self.ratio(other) - (statistics.fmean(self.observed) - self.bound)
+    def ratios_without_luck(self, other: 'Contestant') -> list[float]:
+        """Of mean step times in each run, less what its draw left out or added; empty where nothing is drawn."""
+        if self.bound is None:
+            return []
+        return [ratio - (ran - self.bound) for ratio, ran in zip(self.ratios(other), self.observed)]
 
 
 @dataclass

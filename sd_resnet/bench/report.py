@@ -70,7 +70,9 @@ def _figures(name: str, race: Race) -> dict[str, float]:
     if each.seconds:
         found['ms'] = statistics.fmean(chain.from_iterable(each.seconds)) * 1e3
         found |= {'ratio': each.ratio(constant), 's.e.': standard_error(each.ratios(constant))}
-        found |= {'median': each.ratio(constant, statistics.median), 'no luck': each.ratio_without_luck(constant)}
+        found['median'] = each.ratio(constant, statistics.median)
+        if without := each.ratios_without_luck(constant):
+            found['no luck'] = statistics.fmean(without)
     if each.saved_bytes:
         most = constant.saved_bytes[0]
         found |= {'saved': statistics.fmean(each.saved_bytes) / most, 'most': max(each.saved_bytes) / most}
@@ -203,9 +205,8 @@ def _draw_shares(axis: Any, races: Sequence[Race]) -> None:
             for name, each in race.contestants.items():
                 if name != CONSTANT_DEPTH and each.seconds:
                     constant = race.undropped(name)
-                    ratio = each.ratio_without_luck(constant)
-                    ratio = each.ratio(constant) if ratio is None else ratio
-                    points.setdefault(name, []).append((x, ratio, standard_error(each.ratios(constant)) or 0))
+                    ratios = each.ratios_without_luck(constant) or each.ratios(constant)
+                    points.setdefault(name, []).append((x, statistics.fmean(ratios), standard_error(ratios) or 0))
             bound = min(each.bound for each in race.contestants.values() if each.bound is not None)
             points.setdefault(_FLOOR, []).append((x, bound, 0))
         for name, own in points.items():

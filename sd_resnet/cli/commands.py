@@ -45,17 +45,7 @@ def bench(args: Namespace) -> None:
     """Measure training steps beside those of timm's drop path."""
     if args.plot:
         figure_class()  # or its absence is found after the work
-    given = {field.name: getattr(args, field.name) for field in fields(measure.Settings)}
-    given = {name: value for name, value in given.items() if value is not None}
-    chosen = {'models': '--model', 'rates': '--drop-path', 'batches': '--batch', 'sizes': '--size', 'peers': '--peers'}
-    if args.growth and (refused := [flag for name, flag in chosen.items() if given.get(name)]):
-        raise UsageError(f'{refused[0]} does not go with --growth, which goes over many')
-    if args.growth:
-        panels = measure.growth(**given)
-    elif args.peers and not args.models:
-        panels = measure.beside_peers(**given)
-    else:
-        panels = [[measure.Settings(**given)]]
+    panels = bench_settings(args)
     races = [[race for settings in panel for race in measure.run(settings)] for panel in panels]
     settings, flat = [*chain.from_iterable(panels)], [*chain.from_iterable(races)]
     print(report.table(settings[0], flat))
@@ -66,6 +56,20 @@ def bench(args: Namespace) -> None:
         report.save_record(settings, flat, args.json, breaks=tried and breaks.record(tried))
     if args.plot:
         report.plot(settings[0], races, args.plot)
+
+
+def bench_settings(args: Namespace) -> list[list[measure.Settings]]:
+    """What `bench` measures, panel by panel."""
+    given = {field.name: getattr(args, field.name) for field in fields(measure.Settings)}
+    given = {name: value for name, value in given.items() if value is not None}
+    chosen = {'models': '--model', 'rates': '--drop-path', 'batches': '--batch', 'sizes': '--size', 'peers': '--peers'}
+    if args.growth and (refused := [flag for name, flag in chosen.items() if given.get(name)]):
+        raise UsageError(f'{refused[0]} does not go with --growth, which goes over many')
+    if args.growth:
+        return measure.growth(**given)
+    if args.peers and not args.models:
+        return measure.beside_peers(**given)
+    return [[measure.Settings(**given)]]
 
 
 def recipe(args: Namespace) -> None:
