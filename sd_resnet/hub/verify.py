@@ -51,6 +51,10 @@ def verify(target: str, fix: bool = False, report: Report = print) -> None:
     """
     name = re.sub(r'^(hf[-_]hub|local-dir):', '', target)
     folder, others = Path(name), list[str]()
+    if folder.is_file():
+        raise VerificationError(
+            f'{name} is a file; give the folder that `sd-resnet push` wrote, or USER/NAME[@REVISION]'
+        )
     if folder.is_dir() and not fix:
         _check_folder(folder, name, report)
     else:

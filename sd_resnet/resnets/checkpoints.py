@@ -5,6 +5,8 @@ import copy
 import pickle
 import struct
 import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -29,6 +31,12 @@ NO_PLAIN_CIFAR = (
 )
 
 
+_UNREADABLE = (
+    *(SafetensorError, RuntimeError, EOFError, ValueError, LookupError, struct.error),
+    *(zipfile.BadZipFile, zlib.error),
+)
+
+
 class Checkpoint(NamedTuple):
     """What a checkpoint file holds, as far as it states it."""
 
@@ -47,7 +55,7 @@ def read_checkpoint(path: str | Path, use_ema: bool = True) -> Checkpoint:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is not a checkpoint, is cut short, or needs types that are not allowed.
+        ValueError: The file is not a checkpoint, is damaged, or needs types that are not allowed.
     """
     path = Path(path)
     if not path.is_file():
@@ -56,12 +64,13 @@ def read_checkpoint(path: str | Path, use_ema: bool = True) -> Checkpoint:
         if path.suffix == '.safetensors':
             content: Any = load_file(path)
         else:
+            _check_sums(path)
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         allowed = 'only tensors, plain Python values and argparse.Namespace are allowed in a checkpoint'
         raise ValueError(f'{path} was refused: it is damaged, or needs more than that: {allowed}') from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError, struct.error) as error:
+    except _UNREADABLE as error:
         reason = str(error).strip().partition('\n')[0]
         raise ValueError(f'{path} cannot be read, it is damaged or not a checkpoint: {reason}') from error
 
@@ -81,6 +90,16 @@ def read_checkpoint(path: str | Path, use_ema: bool = True) -> Checkpoint:
         epoch=about.get('epoch'),
         averaged=wrapped in ('state_dict_ema', 'model_ema'),
     )
+
+
+def _check_sums(path: Path) -> None:
+    """Of each tensor in the file, which `torch.load` does not look at; a ValueError where one is wrong."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():
+                raise ValueError(
+                    f'the checksum of {damaged} in it is wrong; take another copy, or an earlier checkpoint'
+                )
 
 
 def to_resnet(model: nn.Module) -> nn.Module:
@@ -206,4 +225,4 @@ def _own_name(architecture: str) -> str:
         if candidate in own:
             return candidate
     near = get_close_matches(f'sd_{name.removeprefix("sd_")}', own, cutoff=0)
-    raise ValueError(f'architecture must be a model of sd_resnet, for example {", ".join(near)}, got {architecture!r}')
+    raise ValueError(f'architecture must be a ResNet of sd_resnet, for example {", ".join(near)}, got {architecture!r}')

@@ -221,6 +221,7 @@ def test_a_connection_that_breaks_once_is_resumed_without_a_word(repository, cap
     [
         ('me/nothing', ['has no me/nothing', 'hf auth login']),
         (f'{REPO}@nowhere', ['no revision', 'nowhere']),
+        (__file__, ['is a file; give the folder', 'USER/NAME']),
         ('not a/repository/name', ['neither a folder nor the name of a repository']),
     ],
 )

@@ -403,6 +403,20 @@ class TestReadCheckpoint:
         with pytest.raises(ValueError, match=rf'{name} (cannot be read|was refused)'):
             read_checkpoint(path)
 
+    def test_a_damaged_tensor_is_refused(self, tmp_path):
+        """Else a bad disk or download would be exported: `torch.load` looks at no checksum."""
+        path = tmp_path / 'flipped.pth'
+        weights = torch.arange(1000, dtype=torch.float64)
+        torch.save({'state_dict': {'a': weights}}, path)
+        assert read_checkpoint(path).state_dict['a'].equal(weights)
+        content = path.read_bytes()
+        middle = content.index(weights[500].numpy().tobytes())
+        path.write_bytes(content[:middle] + b'damage' + content[middle + 6 :])
+        with pytest.raises(
+            ValueError, match=r'flipped.pth cannot be read, .* the checksum of .*/data/0 in it is wrong'
+        ):
+            read_checkpoint(path)
+
     def test_a_pickle_that_would_run_code_is_refused(self, tmp_path):
         class Evil:
             def __reduce__(self):
