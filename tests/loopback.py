@@ -12,6 +12,7 @@ import re
 import secrets
 import socket
 import sys
+import tempfile
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -424,3 +425,14 @@ ROUTES = [
     ('GET', rf'/{_ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)', Handler.resolve),
     ('GET', r'/content/(?P<digest>[0-9a-f]{64})', Handler.content),
 ]
+
+
+def main():
+    """Serve until interrupted, for whoever tries push and pull without the public Hub; prints what the shell needs."""
+    with tempfile.TemporaryDirectory() as folder, Hub(folder) as hub:
+        print(*(f'export {name}={value}' for name, value in hub.environment.items()), sep='\n', flush=True)
+        threading.Event().wait()
+
+
+if __name__ == '__main__':
+    main()

@@ -51,6 +51,7 @@ READ = {
     'python -m sd_resnet.study': 'it trains for hours, or writes committed pages',
     'python -m sd_resnet.hub': 'it writes committed weights, or publishes all of them',
     'python -m docs.*': 'it writes committed records and pages',
+    'python -m tests.loopback': 'it serves until it is interrupted',
 }
 
 
