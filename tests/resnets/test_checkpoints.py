@@ -417,6 +417,18 @@ class TestReadCheckpoint:
         ):
             read_checkpoint(path)
 
+    def test_a_file_without_checksums_is_read(self, tmp_path):
+        """Some switch them off for speed; such a file is whole."""
+        serialization = torch.serialization
+        if not hasattr(serialization, 'set_crc32_options'):
+            pytest.skip('this version of torch always writes checksums')
+        serialization.set_crc32_options(False)
+        try:
+            torch.save({'a': torch.ones(9)}, tmp_path / 'without.pth')
+        finally:
+            serialization.set_crc32_options(True)
+        assert read_checkpoint(tmp_path / 'without.pth').state_dict['a'].equal(torch.ones(9))
+
     def test_a_pickle_that_would_run_code_is_refused(self, tmp_path):
         class Evil:
             def __reduce__(self):
