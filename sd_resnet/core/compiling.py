@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from .private_api import records_cuda_graphs
+from .private_api import records_cuda_graphs, skip_frames
 from .refusals import check_exportable
 
 _count = itertools.count()
@@ -35,7 +35,9 @@ def with_own_code(function: Any, named: bool = False) -> Any:
 
 def outside_compiler(function: Any) -> Any:
     """Decorates a method whose own frame is not compiled, while the functions that it calls are."""
-    return torch.compiler.disable(with_own_code(function), recursive=False)
+    own = with_own_code(function)
+    skip_frames(own.__code__)
+    return torch.compiler.disable(own, recursive=False)
 
 
 _records_cuda_graphs = outside_compiler(records_cuda_graphs)

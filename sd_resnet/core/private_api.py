@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo.decorators
 from timm.models._features import feature_take_indices as feature_take_indices  # what `indices` asks for
 from timm.models._prune import adapt_model_from_file as adapt_model_from_file  # to the widths of a pruned network
 from torch import Tensor, nn
@@ -23,8 +24,17 @@ _forward_ad: Any = torch.autograd.forward_ad
 # Since torch 2.7. Without it an export that goes through the compiler fails with the compiler's own message.
 _EXPORTING = '_is_exporting_flag'
 
+# Without it compiled steps of batch mode, and of a ramp, take longer.
+_skip_code: Any = getattr(torch._dynamo.decorators, 'skip_code', None)
+
 # Where there is one, its module is called as timm calls it, and nothing stands in its place.
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+
+
+def skip_frames(code: Any) -> None:
+    """Let no compiler look at a frame of this code: of one that is disabled alone torch asks it anew at every call."""
+    if _skip_code is not None:
+        _skip_code(code)
 
 
 def recomputing() -> bool:

@@ -23,6 +23,7 @@ def test_every_private_name_is_there():
     assert isinstance(torch.autograd.forward_ad._current_level, int)
     assert (private_api._top_hooks is not None) == NEWER
     assert callable(private_api.adapt_model_from_file)
+    assert callable(private_api._skip_code)
     module = nn.Module()
     assert all(hasattr(module, name) for name in private_api._HOOKS)
     assert module._replicate_for_data_parallel()._is_replica
