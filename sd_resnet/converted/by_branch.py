@@ -127,7 +127,7 @@ def _begun(drop_paths: list[BranchDropPath], x: Tensor, batch: int, ahead: bool 
     """Their branches, with windows as if each were drawn for itself, and in compiled code one copy to the device."""
     check_draws_on_host('subset')
     probs = [each.p_l_in_units if each.in_force is None else each.in_force for each in drop_paths]
-    windows = draw_windows(probs, batch, x.device, least=1, one_by_one=True)
+    windows = draw_windows(probs, batch, x.device, least=1)
     return [
         _Begun(simplified(window, x, batch, each.one_value), batch, ahead) for each, window in zip(drop_paths, windows)
     ]

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.draws import Draw, SharedGenerator, draw, ranks_share, takes_gradients
+from ..core.draws import Draw, draw
 from ..core.private_api import recomputing
 from ..core.ramp import DropPathRamp
 from ..core.refusals import check_counts_steps, check_traceable
+from ..resnets.ranks import SharedGenerator, ranks_share, takes_gradients
 
 _REMEMBERED = 2**14  # passes through a block between a forward pass and its backward pass
 

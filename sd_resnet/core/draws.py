@@ -1,17 +1,17 @@
-"""The draws b_l of Huang et al., section 3: per mini-batch, per row, or a window of rows, and what ranks share.
+"""The draws b_l of Huang et al., section 3: per mini-batch, per row, or a window of rows.
 
 A draw is made on the host, so that no step waits for a device; only a row mode's masks are drawn where the images are.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .private_api import transforming
-from .refusals import check_draws_alone, check_draws_on_host
+from .refusals import check_draws_on_host, one_draw_for_all_samples
 
 # p_l as a whole number of these is exact from 2^-7 on. A whole number is a constant to `torch.compile`; a float that
 # changes would become a symbol, and with it the number of rows.
@@ -56,34 +56,55 @@ def draw(drop_paths: Sequence[Any], x: Tensor, mode: str, generator: torch.Gener
     return [Draw(drop_path.p_l_in_units / UNIT, window) for drop_path, window in zip(drop_paths, windows)]
 
 
-def draw_windows(
-    probs: Sequence[int], batch: int, device: torch.device, least: int = 0, one_by_one: bool = False
-) -> list[Window]:
+def draw_windows(probs: Sequence[int], batch: int, device: torch.device, least: int = 0) -> list[Window]:
     """Windows of k rows of N, k being floor(p_l N) or one more, with the mean p_l N, from a first row that is uniform.
 
-    So each row survives with exactly p_l, whatever N. The same seed gives the same windows in eager and in compiled
-    code (which `torch.rand` and `randint` would not). `probs` are in units of 1 / `UNIT`, `least` rows run in any case.
-    If `one_by_one`, as many calls would draw them; compiled, all are copied to the device at once, in either way.
+    So each row survives with exactly p_l, whatever N. `probs` are in units of 1 / `UNIT`, `least` rows run in any case.
+    The same seed gives the same windows in eager and in compiled code, at once or one by one; but where one graph calls
+    this more than once, a compiler may do so in another order.
     """
     batch = len(range(batch))  # a number of its own for each compiled graph, where it may be a symbol
     if batch == 0:
         return [Window(0, 0, 0)] * len(probs)
     whole = [(p * batch + _NOTHING) // UNIT for p in probs]
     rest = [r if r > _NOTHING else 0 for r in (p * batch - k * UNIT for p, k in zip(probs, whole))]
-    both = torch.cat([_first_and_more(batch, each) for each in ([[r] for r in rest] if one_by_one else [rest])], dim=1)
+    odds = [r / UNIT for r in rest]
     if not torch.compiler.is_compiling():
-        starts, more, least = _numbers(both[0]), _numbers(both[1]), max(least, int(many_ranks()))
-        return [Window(start, max(k + m, least), k + m) for start, k, m in zip(starts, whole, more)]
-    both = both.to(device, non_blocking=True)
+        least = max(least, int(many_ranks()))
+        drawn = _first_and_more(batch, odds)
+        return [Window(start, max(k + more, least), k + more) for k, start, more in zip(whole, *drawn)]
+    call = torch.empty(0, device='cpu')
+    both = torch.ops.sd_resnet.first_and_more(call, batch, odds).to(device, non_blocking=True)
     rows = [k + 1 if r else k for k, r in zip(whole, rest)]
     return [Window(both[0, l], rows[l], whole[l] + both[1, l] if rest[l] else rows[l]) for l in range(len(probs))]
 
 
-def _first_and_more(batch: int, rest: list[int]) -> Tensor:
-    """First rows, and 1 where one more row survives, with odds in units of 1 / `UNIT`, else 0; (2, L), on the host."""
-    starts = torch.ones(batch, device='cpu').multinomial(len(rest), replacement=True)
-    odds = torch.tensor([[1 - r / UNIT, r / UNIT] for r in rest], dtype=torch.float64, device='cpu')
-    return torch.stack([starts, odds.multinomial(1).squeeze(1)])
+def _first_and_more(batch: int, odds: Sequence[float]) -> tuple[list[int], list[int]]:
+    """First rows, and 1 where one more row survives, with these odds, else 0."""
+    uniform = _numbers(torch.rand(2 * len(odds), dtype=torch.float64, device='cpu'))
+    return [int(batch * u) for u in uniform[::2]], [int(u < p) for u, p in zip(uniform[1::2], odds)]
+
+
+# In a compiled graph an operation of its own, of which a compiler knows nothing but that it draws: of `torch.rand` it
+# makes other numbers, and with CUDA graphs some versions move a part of `multinomial` to the device, and fail. `call` is
+# a new empty tensor for each call: of two with the same arguments a compiler makes one, and both would draw the same.
+_OPERATION = 'sd_resnet::first_and_more'
+if not hasattr(torch.ops.sd_resnet, 'first_and_more'):  # torch keeps it, also where this module is imported anew
+    torch.library.define(
+        _OPERATION, '(Tensor call, int batch, float[] odds) -> Tensor', tags=(torch.Tag.nondeterministic_seeded,)
+    )
+
+    @torch.library.impl(_OPERATION, 'CompositeExplicitAutograd')
+    def _(call: Tensor, batch: int, odds: Sequence[float]) -> Tensor:
+        return torch.tensor(_first_and_more(batch, odds), device='cpu')
+
+    @torch.library.impl(_OPERATION, 'FuncTorchVmapMode')
+    def _(call: Tensor, batch: int, odds: Sequence[float]) -> Tensor:
+        raise one_draw_for_all_samples('subset')
+
+    @torch.library.register_fake(_OPERATION)
+    def _(call: Tensor, batch: int, odds: Sequence[float]) -> Tensor:
+        return torch.empty((2, len(odds)), dtype=torch.int64, device='cpu')
 
 
 def _numbers(values: Tensor) -> list[Any]:
@@ -119,35 +140,3 @@ def positions(batch: int, start: int | Tensor, device: torch.device) -> Tensor:
 def many_ranks() -> bool:
     """Is there a default process group of more than one rank?"""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def takes_gradients(x: Tensor) -> bool:
-    """Is this a forward pass that trains? Reentrant checkpointing makes its first one without gradients."""
-    return torch.is_grad_enabled() or x.requires_grad
-
-
-def ranks_share(x: Tensor, sync: bool, modules: Iterable[nn.Module]) -> bool:
-    """Does batch mode draw for all ranks at once? Not in a pass without gradients, which may be made on one only."""
-    if many_ranks() and not sync:
-        check_draws_alone(modules)
-    return many_ranks() and sync and takes_gradients(x)
-
-
-class SharedGenerator:
-    """A generator that all ranks of the default process group share; a copy, or a new group, joins anew."""
-
-    def __init__(self) -> None:
-        self._joined: tuple[Any, torch.Generator] | None = None
-
-    def get(self) -> torch.Generator:
-        """Seeded by rank 0 at the first call, a collective; the default generator stays where it is."""
-        group = dist.group.WORLD
-        if self._joined is None or self._joined[0] is not group:
-            with torch.random.fork_rng(devices=[]):
-                seed = [int(torch.randint(2**63 - 1, (), device='cpu'))]
-            dist.broadcast_object_list(seed, src=0)
-            self._joined = group, torch.Generator().manual_seed(seed[0])
-        return self._joined[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {'_joined': None}

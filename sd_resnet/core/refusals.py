@@ -44,15 +44,18 @@ def check_traceable(x: Any) -> None:
 def check_draws_on_host(mode: str) -> None:
     """Raise a RuntimeError where only row mode can draw: under `torch.func.vmap`, and in a CUDA graph made by hand."""
     if vmapping():
-        raise RuntimeError(
-            f"drop_path_mode must be 'row' under torch.func.vmap, got {mode!r}: its draws are made on the host, once "
-            'for all samples'
-        )
+        raise one_draw_for_all_samples(mode)
     if not torch.compiler.is_compiling() and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"drop_path_mode must be 'row' where a CUDA graph is captured, got {mode!r}: one draw would be replayed "
             "for ever; torch.compile(model, mode='reduce-overhead') makes CUDA graphs that draw anew in mode 'subset'"
         )
+
+
+def one_draw_for_all_samples(mode: str) -> RuntimeError:
+    """What `torch.func.vmap` would make of a draw on the host."""
+    cause = 'its draws are made on the host, once for all samples'
+    return RuntimeError(f"drop_path_mode must be 'row' under torch.func.vmap, got {mode!r}: {cause}")
 
 
 def check_exportable() -> None:

@@ -179,7 +179,7 @@ def _changed(x: Any, rows: Tensor, window: Any, factor: float | None, relu: bool
             (n if factor is None else old + n * factor) if n is not None else old for n, old in zip(new, x.split(sizes))
         ]
         return torch.cat(parts)
-    for piece, old, written in zip(new, sizes if x is None else x.split(sizes), out.split(sizes)):
+    for piece, old, written in zip(new, sizes if x is None else x.split_with_sizes(sizes), out.split_with_sizes(sizes)):
         if piece is None:
             written.zero_() if x is None else written.copy_(old)
         elif relu:

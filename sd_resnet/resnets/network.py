@@ -8,7 +8,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..core.compiling import outside_compiler, warn_of_cuda_graphs
-from ..core.draws import Draw, SharedGenerator, draw, ranks_share, takes_gradients
+from ..core.draws import Draw, draw
 from ..core.drop_path import StochasticDepth, derived
 from ..core.private_api import feature_take_indices
 from ..core.ramp import as_ramp
@@ -16,6 +16,7 @@ from ..core.refusals import check_exportable, check_scriptable, check_sync
 from ..core.schedules import Schedule, expected_depth, survival_probs
 from .blocks import ResidualBlock
 from .paper_rescaling import check_rescale, last_norm, set_block
+from .ranks import SharedGenerator, ranks_share, takes_gradients
 from .scripting import scriptable_copy
 from .stages import Stage, blocks_in, runner
 

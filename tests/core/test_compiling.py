@@ -13,6 +13,7 @@ from torch import nn
 from sd_resnet import convert
 from sd_resnet.converted import blocks
 from sd_resnet.core import compiling
+from sd_resnet.core.draws import UNIT, draw_windows
 from sd_resnet.resnets import network
 from sd_resnet.resnets.resnet_cifar import StochasticCifarResNet
 
@@ -240,8 +241,61 @@ def test_evaluation_is_one_graph(mode, rescale):
         torch.testing.assert_close(counted.compiled(x), model(x))
 
 
+def test_draws_of_the_same_odds_in_one_graph_are_apart():
+    """As of blocks that draw for themselves: a compiler makes one of two calls that look alike."""
+
+    def told_apart(x):
+        for _ in range(3):
+            (window,) = draw_windows([UNIT * 2 // 5], x.shape[0], x.device)
+            x = x * 64 + 8 * window.start + window.alive
+        return x
+
+    compiled, x = torch.compile(told_apart, backend='aot_eager_decomp_partition'), torch.ones(8, requires_grad=True)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        out = compiled(x)
+        torch.manual_seed(seed)
+        assert torch.equal(out, told_apart(x))
+
+
+@pytest.mark.parametrize('randomness', ['error', 'different', 'same'])
+def test_one_draw_for_all_samples_is_refused_in_a_compiled_vmap(randomness):
+    """As in an eager one: a graph would give all samples the same window, and say nothing."""
+
+    def drawing(x):
+        (window,) = draw_windows([UNIT * 2 // 5], x.shape[0], x.device)
+        return x + window.start
+
+    compiled = torch.compile(lambda x: torch.func.vmap(drawing, randomness=randomness)(x), backend='eager')
+    with pytest.raises(RuntimeError, match='first_and_more'):
+        compiled(torch.ones(3, 8))
+
+
 def test_without_dropping_training_is_one_graph():
     assert Counted(make('sd_resnet18', train=True, drop_path_rate=0), fullgraph=True).train(images(2), 3) == 1
+
+
+@pytest.mark.parametrize('kind', ['own', 'converted'])
+def test_frames_outside_the_compiler_are_not_shown_to_it_at_every_call(kind, monkeypatch):
+    """Else it looks at each anew: some 74 times in a step of ResNet-50, which on a GPU saves generators' states."""
+    if kind == 'own':
+        model = make('sd_resnet20_cifar', train=True, drop_path_rate=0.5)
+        x = images(4, 16)
+    else:
+        model = timm.create_model('vit_tiny_patch16_224', depth=2, embed_dim=48, num_heads=3, img_size=32).train()
+        convert(model, 0.5, 'uniform', 'batch')
+        x = images(4, 32)
+    counted = Counted(model)
+    counted.train(x, 30)  # each block was kept, and dropped
+    shown, check = [], torch._dynamo.trace_rules.check
+
+    def recorded(code, *args, **kwargs):
+        shown.append(code.co_name)
+        return check(code, *args, **kwargs)
+
+    monkeypatch.setattr(torch._dynamo.trace_rules, 'check', recorded)
+    counted.train(x, 5)
+    assert not shown
 
 
 def test_dropped_blocks_do_no_work_when_compiled():
