@@ -61,12 +61,12 @@ class Training:
         self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3, momentum=0.9)
 
     def step(self):
+        self.optimizer.zero_grad()  # to None: gradients that a CUDA graph has written are gone when it runs again
         torch.compiler.cudagraph_mark_step_begin()
         with self.autocast:
             loss = nn.functional.cross_entropy(self.forward(self.x), self.y)
         loss.backward()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
         return loss.detach().clone()
 
     def gradients(self, seed):
