@@ -1,7 +1,7 @@
 """Tables and picture of step times, from the records in docs/results/: `python -m docs.benchmarks`, in a clone.
 
-Writes what stands between the markers of README.md, docs/benchmarks.md and docs/peers.md, and docs/saving.png. Measures
-nothing: each record is made by the command beside it.
+Writes what stands between the markers of README.md, docs/benchmarks.md, docs/gpu.md and docs/peers.md, and
+docs/saving.png. Measures nothing: each record is made by the command beside it.
 """
 
 import json
@@ -20,7 +20,8 @@ from sd_resnet.figures import DROPPED, KEPT, METHODS, OTHER, PROBABILITY, figure
 from sd_resnet.files import written_whole
 
 FOLDER = Path(__file__).parent
-PAGE, PEERS, README = FOLDER / 'benchmarks.md', FOLDER / 'peers.md', FOLDER.parent / 'README.md'
+PAGE, GPU, PEERS = (FOLDER / f'{name}.md' for name in ('benchmarks', 'gpu', 'peers'))
+README = FOLDER.parent / 'README.md'
 PICTURE = FOLDER / 'saving.png'
 BEGIN, END = '<!-- made by python -m docs.benchmarks: {} -->\n', '<!-- end of what is made -->\n'
 THREE_RUNS = '--seeds 3 --steps 14'
@@ -57,6 +58,16 @@ RECORDS = {  # and the options of `sd-resnet bench` that made them
         '--model sd_resnet50 sd_vit_tiny_patch16_224 sd_convnext_atto --drop-path 0 --size 128 --saved-steps 0 '
         + THREE_RUNS
     ),
+}
+CARD = '--device cuda --amp --batch 128 --seeds 3 --steps 40'
+CARD_EAGER, CARD_COMPILED = f'{CARD} --saved-steps 10', f'{CARD} --saved-steps 0 --compile'
+ON_GPU = {
+    'h100_resnet50': f'--model sd_resnet50 {CARD_EAGER} --channels-last',
+    'h100_vit_base': f'--model sd_vit_base_patch16_224 --drop-path 0.4 {CARD_EAGER}',
+    'h100_swin_tiny': f'--model sd_swin_tiny_patch4_window7_224 --drop-path 0.4 {CARD_EAGER}',
+    'h100_resnet50_compiled': f'--model sd_resnet50 {CARD_COMPILED} --channels-last',
+    'h100_vit_base_compiled': f'--model sd_vit_base_patch16_224 --drop-path 0.4 {CARD_COMPILED}',
+    'h100_convnext_tiny_compiled': f'--model sd_convnext_tiny --drop-path 0.4 {CARD_COMPILED} --channels-last',
 }
 RATES = ('rates_vit_tiny', 'rates_resnet50')
 FIRST = ('resnet50', 'convnext_small', 'any_vit_tiny_patch16_224', 'any_swin_tiny_patch4_window7_224')  # in README
@@ -129,6 +140,17 @@ def readme_table(records: Sequence[Record]) -> str:
         for each in records
     )
     return table(header, rows)
+
+
+def gpu_table(records: Sequence[Record]) -> str:
+    """Times, and the peak memory of a step in `subset` mode."""
+    rows = []
+    for each in records:
+        peaks = {name: max(contestant.peak_bytes) for name, contestant in each.race.contestants.items()}
+        shares = [f'{peaks[mode] / peaks[CONSTANT_DEPTH]:.2f}' for mode in BESIDE_TIMM]
+        rows.append((each.title, each.at, each.constant, *map(each.share, TITLES), *shares, f'{_floor(each):.2f}'))
+    memory = (f'memory, {TITLES[mode]}' for mode in BESIDE_TIMM)
+    return table(('network', 'rate, schedule', 'constant depth', *TITLES.values(), *memory, 'FLOPs left'), rows)
 
 
 def _floor(record: Record) -> Any:
@@ -223,8 +245,8 @@ def bytes_table(records: Sequence[Record]) -> str:
     return table(('network', 'rate, schedule', 'constant depth', 'steps', *modes), rows)
 
 
-def commands() -> str:
-    rows = ((f'[`{name}`](results/{name}.json)', f'`sd-resnet bench {said}`') for name, said in RECORDS.items())
+def commands(records: dict[str, str]) -> str:
+    rows = ((f'[`{name}`](results/{name}.json)', f'`sd-resnet bench {said}`') for name, said in records.items())
     return table(('record', 'made by'), rows)
 
 
@@ -302,7 +324,7 @@ def pages() -> dict[Path, str]:
     """What README and page are, from the records."""
     records = {name: read_records(name) for name in RECORDS}
     singles = [races[0] for races in records.values() if len(races) == 1]
-    made = {'times': times_table(singles), 'bytes': bytes_table(singles), 'commands': commands()}
+    made = {'times': times_table(singles), 'bytes': bytes_table(singles), 'commands': commands(RECORDS)}
     made |= {'rates': sweep_table([race for each in RATES for race in records[each]])}
     made |= {'batches': sweep_table(records['batches_vit_tiny'])}
     made |= {'break-even': break_even_table([records[each] for each in RATES])}
@@ -312,8 +334,10 @@ def pages() -> dict[Path, str]:
         page = replaced(page, marker, text)
     peers = replaced(PEERS.read_text(), 'peers', peers_table(read_records('peers')))
     peers = replaced(peers, 'breaks', breaks_table())
+    gpu = replaced(GPU.read_text(), 'times', gpu_table([read_records(name)[0] for name in ON_GPU]))
     return {
         PAGE: page,
+        GPU: replaced(gpu, 'commands', commands(ON_GPU)),
         PEERS: peers,
         README: replaced(README.read_text(), 'table', readme_table([records[each][0] for each in FIRST])),
     }

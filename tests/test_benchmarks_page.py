@@ -6,6 +6,7 @@ from dataclasses import asdict
 from itertools import chain, product
 
 import pytest
+import torch
 
 from docs import benchmarks
 from sd_resnet.cli import main as cli
@@ -18,10 +19,14 @@ def test_the_pages_are_what_the_records_give():
         assert path.read_text() == text, path.name
 
 
-@pytest.mark.parametrize('name', benchmarks.RECORDS)
-def test_each_record_is_of_the_command_beside_it(name):
+COMMANDS = benchmarks.RECORDS | benchmarks.ON_GPU
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_each_record_is_of_the_command_beside_it(name, monkeypatch):
     """Whoever runs the command again measures what the record holds: these settings, all of them and no others."""
-    args = cli._parser().parse_args(['bench', *shlex.split(benchmarks.RECORDS[name])])
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    args = cli._parser().parse_args(['bench', *shlex.split(COMMANDS[name])])
     settings = [*chain.from_iterable(bench_settings(args))]
     record = json.loads((benchmarks.FOLDER / 'results' / f'{name}.json').read_text())
     assert record['settings'] == json.loads(json.dumps([*map(asdict, settings)]))
