@@ -86,7 +86,7 @@ def _first_and_more(batch: int, odds: Sequence[float]) -> tuple[list[int], list[
 
 
 # In a compiled graph an operation of its own, of which a compiler knows nothing but that it draws: of `torch.rand` it
-# makes other numbers, and with CUDA graphs some versions move a part of `multinomial` to the device, and fail. `call` is
+# makes other numbers, and with CUDA graphs some versions move a part of `multinomial` to the device and fail. `call` is
 # a new empty tensor for each call: of two with the same arguments a compiler makes one, and both would draw the same.
 _OPERATION = 'sd_resnet::first_and_more'
 if not hasattr(torch.ops.sd_resnet, 'first_and_more'):  # torch keeps it, also where this module is imported anew
