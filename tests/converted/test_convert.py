@@ -20,8 +20,8 @@ import sd_resnet
 from sd_resnet.converted.blocks import UnitBlock
 from sd_resnet.converted.by_branch import Take
 from sd_resnet.converted.convert import converted_blocks
-from sd_resnet.core import draws
 from sd_resnet.core.draws import Draw, Window
+from sd_resnet.resnets import ranks
 
 from ..families import REFUSED, build
 from .conftest import assert_a_step_is_timms, branch_drop_paths, entries, quiet
@@ -318,8 +318,8 @@ def test_checkpointing_replays_the_draws_however_many_forward_passes_precede(nam
 def test_ranks_that_share_decisions_replay_them_too(monkeypatch):
     """The generator that ranks share is private, and checkpointing does not restore it."""
     seeds = []
-    monkeypatch.setattr(draws, 'many_ranks', lambda: True)
-    monkeypatch.setattr(draws.dist, 'broadcast_object_list', lambda seed, src: seeds.append((seed[0], src)))
+    monkeypatch.setattr(ranks, 'many_ranks', lambda: True)
+    monkeypatch.setattr(ranks.dist, 'broadcast_object_list', lambda seed, src: seeds.append((seed[0], src)))
 
     def gradients(checkpointing):
         model, x = build(VIT)
@@ -339,8 +339,8 @@ def test_ranks_that_share_decisions_replay_them_too(monkeypatch):
 
 def test_ranks_that_share_decisions_draw_new_ones_where_the_seed_is_the_same(monkeypatch):
     """Decisions of an earlier step would be taken for those of a second forward pass."""
-    monkeypatch.setattr(draws, 'many_ranks', lambda: True)
-    monkeypatch.setattr(draws.dist, 'broadcast_object_list', lambda seed, src: None)
+    monkeypatch.setattr(ranks, 'many_ranks', lambda: True)
+    monkeypatch.setattr(ranks.dist, 'broadcast_object_list', lambda seed, src: None)
     model, x = build(VIT)
     convert(model, x, rate=0.5, mode='batch')
     rows = [recorded(block) for block in converted_blocks(model).values()]
@@ -354,7 +354,7 @@ def test_ranks_that_share_decisions_draw_new_ones_where_the_seed_is_the_same(mon
 
 def test_ranks_that_decide_for_themselves_are_refused_with_synchronised_norms(monkeypatch):
     """They would wait for each other for ever."""
-    monkeypatch.setattr(draws, 'many_ranks', lambda: True)
+    monkeypatch.setattr(ranks, 'many_ranks', lambda: True)
     model, x = build('resnetv2_18', norm_layer='batchnorm2d')
     convert(model, x, mode='batch', sync=False)
     block = next(iter(converted_blocks(nn.SyncBatchNorm.convert_sync_batchnorm(model)).values()))
