@@ -9,7 +9,7 @@ from torch import Tensor
 from ..core.draws import Draw, draw
 from ..core.private_api import recomputing
 from ..core.ramp import DropPathRamp
-from ..core.refusals import check_counts_steps, check_traceable
+from ..core.refusals import check_counts_steps, check_draws_on_host, check_traceable
 from ..resnets.ranks import SharedGenerator, ranks_share, takes_gradients
 
 _REMEMBERED = 2**14  # passes through a block between a forward pass and its backward pass
@@ -63,6 +63,8 @@ class Draws:
 
     def _recalled(self, block: Any, x: Any) -> tuple[int, Any]:
         """A ticket, and what was remembered under it, if this is a recomputation; else a step may begin."""
+        if block.block_drop_path.mode != 'row':
+            check_draws_on_host(block.block_drop_path.mode)
         if self.ramp is not None:
             check_counts_steps(block)
         # Of the default generator both passes take the same numbers, whether they use them or not

@@ -60,8 +60,8 @@ def draw_windows(probs: Sequence[int], batch: int, device: torch.device, least: 
     """Windows of k rows of N, k being floor(p_l N) or one more, with the mean p_l N, from a first row that is uniform.
 
     So each row survives with exactly p_l, whatever N. `probs` are in units of 1 / `UNIT`, `least` rows run in any case.
-    The same seed gives the same windows in eager and in compiled code, at once or one by one; but where one graph calls
-    this more than once, a compiler may do so in another order.
+    The same seed gives the same windows in eager and in compiled code, at once or one by one; but a compiler draws
+    other numbers for dropout on a CPU, and where a graph calls this more than once, it may do so in another order.
     """
     batch = len(range(batch))  # a number of its own for each compiled graph, where it may be a symbol
     if batch == 0:
@@ -90,12 +90,12 @@ def _first_and_more(batch: int, odds: Sequence[float]) -> tuple[list[int], list[
 # a new empty tensor for each call: of two with the same arguments a compiler makes one, and both would draw the same.
 _OPERATION = 'sd_resnet::first_and_more'
 if not hasattr(torch.ops.sd_resnet, 'first_and_more'):  # torch keeps it, also where this module is imported anew
-    torch.library.define(
-        _OPERATION, '(Tensor call, int batch, float[] odds) -> Tensor', tags=(torch.Tag.nondeterministic_seeded,)
-    )
+    _TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag)
+    torch.library.define(_OPERATION, '(Tensor call, int batch, float[] odds) -> Tensor', tags=_TAGS)
 
     @torch.library.impl(_OPERATION, 'CompositeExplicitAutograd')
     def _(call: Tensor, batch: int, odds: Sequence[float]) -> Tensor:
+        check_draws_on_host('subset')  # a CUDA graph that is made by hand captures what is already compiled
         return torch.tensor(_first_and_more(batch, odds), device='cpu')
 
     @torch.library.impl(_OPERATION, 'FuncTorchVmapMode')

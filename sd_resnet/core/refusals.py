@@ -90,8 +90,8 @@ def check_draws_alone(modules: Iterable[nn.Module]) -> None:
     if any(isinstance(module, nn.SyncBatchNorm) for module in modules):
         raise RuntimeError(
             "drop_path_mode='batch' with SyncBatchNorm needs decisions that all ranks share: without them ranks "
-            'would wait for each other for ever; leave drop_path_sync=True and call the whole model, or use '
-            "drop_path_mode='row' or 'subset'"
+            'would wait for each other for ever; leave drop_path_sync=True and call the whole model, with gradients, '
+            "or use drop_path_mode='row' or 'subset'"
         )
 
 

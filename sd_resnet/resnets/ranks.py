@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core.draws import many_ranks
-from ..core.refusals import check_draws_alone
+from ..core.refusals import check_draws_alone, check_draws_on_host
 
 
 def takes_gradients(x: Tensor) -> bool:
@@ -18,9 +18,13 @@ def takes_gradients(x: Tensor) -> bool:
 
 def ranks_share(x: Tensor, sync: bool, modules: Iterable[nn.Module]) -> bool:
     """Does batch mode draw for all ranks at once? Not in a pass without gradients, which may be made on one only."""
-    if many_ranks() and not sync:
+    if not many_ranks():
+        return False
+    if not sync or not takes_gradients(x):
         check_draws_alone(modules)
-    return many_ranks() and sync and takes_gradients(x)
+        return False
+    check_draws_on_host('batch')  # before ranks wait for each other
+    return True
 
 
 class SharedGenerator:

@@ -157,12 +157,16 @@ def train_with_a_newcomer(name, store, **kwargs):
 
 
 def refusals(name):
-    """Real SyncBatchNorm modules: the draw comes before the first of them runs. A stage alone shares no draw."""
+    """Real SyncBatchNorm modules: the draw comes before the first of them runs.
+
+    A stage alone shares no draw, nor does a pass without gradients, which one rank may make alone.
+    """
     messages = []
     for sync in (False, True):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(create(name, drop_path_sync=sync)).train()
         alone = [(model.layer1, 8), (model.layer1[0], 8)]
-        for call, channels in alone if sync else [(model, 3), (model.forward_features, 3), *alone]:
+        blind = torch.no_grad()(model.forward)  # as of a mean teacher, which stays in training mode
+        for call, channels in [(blind, 3), *alone] if sync else [(model, 3), (model.forward_features, 3), *alone]:
             try:
                 call(torch.randn(2, channels, 32, 32))
             except RuntimeError as error:

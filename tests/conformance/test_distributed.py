@@ -84,7 +84,7 @@ def test_a_rank_that_joins_later_drops_what_the_others_drop(two_ranks, tmp_path,
 
 def test_own_decisions_are_refused_with_sync_batchnorm_on_every_rank(two_ranks):
     for messages in two_ranks.run(ranks.refusals, OWN):
-        assert len(messages) == 6  # the network, its features, a stage and a block; the last two also where ranks share
+        assert len(messages) == 7  # network, features, stage, block; where ranks share, blind network, stage, block
         assert all('SyncBatchNorm needs decisions that all ranks share' in message for message in messages)
 
 

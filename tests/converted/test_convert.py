@@ -352,6 +352,21 @@ def test_ranks_that_share_decisions_draw_new_ones_where_the_seed_is_the_same(mon
     assert len(seen) > 4
 
 
+@pytest.mark.parametrize('kind', ['own', 'converted', 'ramp'])
+def test_what_is_refused_under_vmap_is_refused_before_ranks_wait_for_each_other(kind, monkeypatch):
+    """One rank that asks the others for a seed, and alone, waits for ever."""
+    monkeypatch.setattr(ranks, 'many_ranks', lambda: True)
+    monkeypatch.setattr(ranks.SharedGenerator, 'get', lambda self: pytest.fail('the other ranks were asked'))
+    if kind == 'own':
+        model, x = timm.create_model('sd_resnet20_cifar', drop_path_rate=0.5).train(), torch.randn(2, 3, 32, 32)
+    else:
+        model, x = build(VIT)
+        convert(model, x, rate=0.5, mode='batch', ramp=('late', 2) if kind == 'ramp' else None)
+        model.train()
+    with pytest.raises(RuntimeError, match=r"must be 'row' under torch\.func\.vmap, got 'batch'"):
+        torch.func.vmap(lambda image: model(image[None]), randomness='error')(x)
+
+
 def test_ranks_that_decide_for_themselves_are_refused_with_synchronised_norms(monkeypatch):
     """They would wait for each other for ever."""
     monkeypatch.setattr(ranks, 'many_ranks', lambda: True)

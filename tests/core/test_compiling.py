@@ -4,11 +4,13 @@ Here breaks, for whoever compiles: silent recompilation until torch's limit, aft
 """
 
 import copy
+import functools
 
 import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sd_resnet import convert
 from sd_resnet.converted import blocks
@@ -267,8 +269,38 @@ def test_one_draw_for_all_samples_is_refused_in_a_compiled_vmap(randomness):
         return x + window.start
 
     compiled = torch.compile(lambda x: torch.func.vmap(drawing, randomness=randomness)(x), backend='eager')
-    with pytest.raises(RuntimeError, match='first_and_more'):
+    with pytest.raises(RuntimeError, match=r"must be 'row' under torch\.func\.vmap"):
         compiled(torch.ones(3, 8))
+
+
+def drawing(x):
+    (window,) = draw_windows([UNIT * 2 // 5], x.shape[0], x.device)
+    return x.sin() * (window.start + 1)
+
+
+@pytest.mark.parametrize('backend', ['aot_eager_decomp_partition', 'inductor'])
+def test_a_backward_pass_meets_the_draw_of_its_forward_pass(backend):
+    """Also where it computes a checkpointed region again; a new draw would give another function's gradients."""
+    for checkpointed in (False, True):
+        torch._dynamo.reset()
+        region = functools.partial(checkpoint, drawing, use_reentrant=False) if checkpointed else drawing
+        compiled = torch.compile(region, backend=backend)
+        for seed in range(6):
+            torch.manual_seed(seed)
+            x = (torch.rand(8) + 0.1).requires_grad_()
+            out = compiled(x)
+            out.sum().backward()
+            torch.testing.assert_close(x.grad, (out / x.sin() * x.cos()).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_that_is_captured_by_hand_is_refused_when_it_is_compiled_already(monkeypatch):
+    """Replays would read their draw from freed memory of the host, and say nothing."""
+    compiled = torch.compile(drawing, backend='eager')
+    compiled(torch.ones(8))
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
+    with pytest.raises(RuntimeError, match='where a CUDA graph is captured'):
+        compiled(torch.ones(8))
 
 
 def test_without_dropping_training_is_one_graph():
@@ -286,7 +318,6 @@ def test_frames_outside_the_compiler_are_not_shown_to_it_at_every_call(kind, mon
         convert(model, 0.5, 'uniform', 'batch')
         x = images(4, 32)
     counted = Counted(model)
-    counted.train(x, 30)  # each block was kept, and dropped
     shown, check = [], torch._dynamo.trace_rules.check
 
     def recorded(code, *args, **kwargs):
@@ -294,6 +325,9 @@ def test_frames_outside_the_compiler_are_not_shown_to_it_at_every_call(kind, mon
         return check(code, *args, **kwargs)
 
     monkeypatch.setattr(torch._dynamo.trace_rules, 'check', recorded)
+    counted.train(x, 30)  # each block was kept, and dropped
+    assert shown
+    shown.clear()
     counted.train(x, 5)
     assert not shown
 
