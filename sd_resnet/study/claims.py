@@ -12,7 +12,8 @@ from .cells import COMMAND, CONSTANT, STOCHASTIC, Records
 MISSING = 'no record yet'
 TESTED = 10_000  # images
 PAIRS = '{constant,linear-0.5}-seed{0,1,2}'
-SEEDS = '{constant-seed{0,1,2,3,4,5},linear-0.5-seed{0,1,2,6,7,8}}'
+STOCHASTIC_SEEDS = 'linear-0.5-seed{0,1,2,6,7,8}'
+SEEDS = f'constant-seed{{0,1,2,3,4,5}},{STOCHASTIC_SEEDS}'
 
 
 class TooFew(Exception):
@@ -23,18 +24,32 @@ def _error(records: Records, augmented: bool = False) -> tuple[str, str]:
     """lower test error than constant depth, without augmentation"""
     constant, stochastic = _both(records, 'error', augmented, least=2)
     here = f'constant {_spread(constant)}, p_L = 0.5 {_spread(stochastic)} %'
-    return here, _judged(*_gain(constant, stochastic))
+    return here, _judged(*welch(constant, stochastic))
 
 
-def _gain(worse: Sequence[float], better: Sequence[float]) -> tuple[float, float]:
-    """Difference of means, and its standard error, as of independent values."""
-    return fmean(worse) - fmean(better), math.sqrt(sum(variance(each) / len(each) for each in (worse, better)))
+def welch(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
+    """First mean less the second, and the 95 % interval of Welch's t test, as of independent values, two or more each.
+
+    Raises:
+        ModuleNotFoundError: scipy is missing.
+    """
+    try:
+        from scipy.stats import ttest_ind
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('scipy is needed for intervals: pip install "sd-resnet[quickstart]"') from error
+    interval = ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    return fmean(first) - fmean(second), float(interval.low), float(interval.high)
 
 
-def _judged(gain: float, error: float) -> str:
+def _judged(gain: float, low: float, high: float) -> str:
+    """By an interval."""
+    judged = 'yes' if low > 0 else 'no' if high < 0 else 'undecided'
+    return f'{judged}: {gain:+.2f} points ({low:+.2f} to {high:+.2f})'
+
+
+def _judged_by_error(gain: float, error: float) -> str:
     """By two standard errors."""
-    judged = 'yes' if gain > 2 * error else 'no' if gain < -2 * error else 'undecided'
-    return f'{judged}: {gain:+.2f} points, standard error {error:.2f}'
+    return f'{_judged(gain, gain - 2 * error, gain + 2 * error).split(" (")[0]}, standard error {error:.2f}'
 
 
 def _error_of_one(records: Records) -> float:
@@ -52,9 +67,9 @@ def _augmented_error(records: Records) -> tuple[str, str]:
 def _curves(records: Records) -> tuple[str, str]:
     """constant depth ends with the lower training loss and the higher test error (Fig. 3)"""
     losses, errors = (_both(records, name, least=2) for name in ('loss', 'error'))
-    (loss, loss_error), gain = _gain(*reversed(losses)), _gain(*errors)
-    here = f'loss {fmean(losses[0]):.4f} and {fmean(losses[1]):.4f}, {loss:+.4f}, standard error {loss_error:.4f}'
-    verdicts = (_judged(loss, loss_error).split(':')[0], _judged(*gain))
+    (loss, *interval), gain = welch(*reversed(losses)), welch(*errors)
+    here = 'loss {:.4f} and {:.4f}, {:+.4f} ({:+.4f} to {:+.4f})'.format(*map(fmean, losses), loss, *interval)
+    verdicts = (_judged(loss, *interval).split(':')[0], _judged(*gain))
     return f'{here}, without augmentation', 'loss {}; error {}'.format(*verdicts)
 
 
@@ -71,7 +86,7 @@ def _time(records: Records) -> tuple[str, str]:
 
 def _depth(records: Records) -> tuple[str, str]:
     """mean number of active blocks is (3L - 1)/4"""
-    found = _enough(records.of(STOCHASTIC) + records.of(STOCHASTIC, augmented=True))
+    found = _enough(records.of(STOCHASTIC))  # with augmentation the same seeds draw the same
     p = found[0].content['survival_probs']
     steps = sum(len(r.epochs['depth']) * r.content['steps_per_epoch'] for r in found)
     error = math.sqrt(sum(p_l * (1 - p_l) for p_l in p) / steps)  # of the mean of that many draws
@@ -101,7 +116,7 @@ def _best_rate(records: Records) -> tuple[str, str]:
     best = min(errors, key=lambda p_last: errors[p_last])
     here = ', '.join(f'{p_last:g}: {error:.2f} %' for p_last, error in errors.items())
     gain = min(error for p_last, error in errors.items() if p_last != 0.5) - errors[0.5]
-    return f'{here}; best at {best:g}', f'{_judged(gain, _error_of_one(records))}, to the next'
+    return f'{here}; best at {best:g}', f'{_judged_by_error(gain, _error_of_one(records))}, to the next'
 
 
 def _schedules(records: Records) -> tuple[str, str]:
@@ -122,7 +137,7 @@ def _ensemble(records: Records) -> tuple[str, str]:
     single, many = fmean(averages['1']), fmean(averages[last])
     here = f'whole {whole:.2f} %, one sub-network {single:.2f} %, average of {last} {many:.2f} %'
     error = math.sqrt(2 * single * (100 - single) / TESTED)  # of test images; at most, for all see the same ones
-    return here, f'{_judged(single - min(whole, many), error)}; one network'
+    return here, f'{_judged_by_error(single - min(whole, many), error)}; one network'
 
 
 def _removal(records: Records) -> tuple[str, str]:
@@ -162,14 +177,14 @@ def _spread(values: Sequence[float], of: str = 'seeds') -> str:
 
 
 CLAIMS = (  # each with what the paper found, and the cells that it is about
-    (_error, 'CIFAR-10: 13.63 to 11.66 %', SEEDS),
+    (_error, 'CIFAR-10: 13.63 to 11.66 %', f'{{{SEEDS}}}'),
     (_augmented_error, 'CIFAR-10+: 6.41 to 5.25 %', f'augmented-{PAIRS}'),
-    (_curves, 'so in the figure', SEEDS),
+    (_curves, 'so in the figure', f'{{{SEEDS}}}'),
     (_time, '0.73 (15 h 07 of 20 h 42, CIFAR-10+)', f'{{augmented-,}}{PAIRS}'),
-    (_depth, 'L = 54: 40.25, by theory', '{augmented-linear-0.5-seed{0,1,2},linear-0.5-seed{0,1,2,6,7,8}}'),
-    (_gradient, 'larger, no figure', f'{{augmented-,}}{PAIRS}'),
-    (_best_rate, 'best near 0.5', '{constant,linear-0.2,linear-0.5,linear-0.8}-seed0'),
-    (_schedules, 'linear better at every p_L', '{linear,uniform}-{0.2,0.5,0.8}-seed0'),
+    (_depth, 'L = 54: 40.25, by theory', STOCHASTIC_SEEDS),
+    (_gradient, 'larger, no figure', f'{{augmented-{PAIRS},{SEEDS}}}'),
+    (_best_rate, 'best near 0.5', f'{{linear-{{0.2,0.8}}-seed0,{SEEDS}}}'),
+    (_schedules, 'linear better at every p_L', f'{{linear-{{0.2,0.8}}-seed0,uniform-{{0.2,0.5,0.8}}-seed0,{SEEDS}}}'),
     (_ensemble, 'said, not measured', 'linear-0.5-seed0'),
     (_removal, 'not measured', '{constant,linear-0.5}-seed0'),
 )

@@ -4,8 +4,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,21 +21,24 @@ from torchvision.datasets import FashionMNIST
 from ..analysis.datasets import SIZE, write_fashion_mnist
 from ..bench.measure import saved_bytes
 from .cells import write_record
-from .parity import NETWORKS, SEARCH, Cell, Parity, Scale
+from .parity import ARMS, NETWORKS, SEARCH, TIME, Cell, Parity, Scale
 from .running import alone_in, run_process, side_by_side, where_it_ran
 
 MEAN, STD = 0.286, 0.353
 PAD = 2  # pixels
 TEST_BATCH = 250
 DRAWS = 8  # training passes over which the bytes saved for backward are averaged
+RACES, EPOCHS = 3, 2  # of a `time` cell: races that count, after one that does not; and epochs of each
+TESTED_ON = {'held out': 'held-out training images', 'test': 'test images'}
 MODES = {'subset': 'subset', 'batch': 'batch', 'decay': 'subset'}  # the other arms are timm's
 
 
 def run_parity(cells: Sequence[Cell], scale: Scale, data: Path | None, work: Path, out: Path, jobs: int = 1) -> None:
     """Run the cells that have no record in `out` yet, from the start, `jobs` of them side by side, one thread each.
 
-    First those of the search for the rates, which the others take. For `data` see `write_fashion_mnist`; `work` is for
-    images and logs. A RuntimeError says which cells failed, or that a rate is not found yet.
+    First those of the search for the rates, which the others take; in the end those of time. For `data` see
+    `write_fashion_mnist`; `work` is for images and logs. A RuntimeError says which cells failed, or that a rate is not
+    found yet.
     """
     missing = Parity(out, scale).missing
     waiting = [cell for cell in cells if cell.name in missing]
@@ -45,8 +48,8 @@ def run_parity(cells: Sequence[Cell], scale: Scale, data: Path | None, work: Pat
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(work):
         write_fashion_mnist(work / 'all_images', source=data)
-        for searching in (True, False):
-            chosen = [cell for cell in waiting if (cell.arm == SEARCH) == searching]
+        for arms in ({SEARCH}, {*ARMS}, {TIME}):
+            chosen = [cell for cell in waiting if cell.arm in arms]
             parity = Parity(out, scale)
             if unknown := {cell.network: None for cell in chosen if parity.rate(cell) is None}:
                 raise RuntimeError(
@@ -60,7 +63,7 @@ def _run_cell(cell: Cell, scale: Scale, work: Path, out: Path) -> bool:
 
     def result() -> str:
         record = Parity(out, scale).found[cell.name]
-        return f'error {record["error"]:.2f} %, {sum(record["epochs"]["cpu_seconds"]):.0f} CPU seconds in steps'
+        return 'the arms were raced' if cell.arm == TIME else f'error {record["error"]:.2f} %'
 
     return run_process(f'{__package__}.training', settings, cell.name, work, result)
 
@@ -72,27 +75,49 @@ def main(settings: dict[str, Any]) -> None:
     rate = Parity(out, scale).rate(cell)
     if rate is None:
         raise RuntimeError(f'no rate was found yet for {cell.name}')
-    torch.manual_seed(cell.seed)
-    training = Training(cell, rate, scale, Path(settings['work']) / 'all_images')
-    while len(training.epochs) < scale.epochs[cell.network]:
-        training.epoch()
+
+    def stop() -> None:
         if os.getppid() != settings['parent']:
             sys.exit('the study was killed: whoever starts it again starts this cell again')
+
     record = {
         **asdict(cell),
         'rate_used': rate,
         'seed': cell.seed,
         'recipe': cell.recipe,
         'scale': asdict(scale),
-        'model': training.name,
-        'tested_on': 'held-out training images' if cell.arm == SEARCH else 'test images',
-        'error': training.error(),
-        'saved_bytes': training.saved_bytes(),
-        'parameters': sum(parameter.numel() for parameter in training.model.parameters()),
         **where_it_ran(),
-        'epochs': {name: [epoch[name] for epoch in training.epochs] for name in training.epochs[0]},
     }
+    torch.manual_seed(cell.seed)
+    data = Path(settings['work']) / 'all_images'
+    if cell.arm == TIME:
+        rates = {arm: Parity(out, scale).rate(replace(cell, arm=arm)) or 0.0 for arm in ARMS}
+        record['cpu_seconds'] = raced(cell, rates, scale, data, stop)
+    else:
+        training = Training(cell, rate, scale, data)
+        while len(training.epochs) < scale.epochs[cell.network]:
+            training.epoch()
+            stop()
+        record |= training.results()
     write_record(record, out / f'{cell.name}.json')
+
+
+def raced(
+    cell: Cell, rates: dict[str, float], scale: Scale, data: Path, stop: Callable[[], None]
+) -> dict[str, list[list[float]]]:
+    """CPU seconds of each step of each race, by arm: short trainings in one process, all arms one step each in turn.
+
+    Each is a whole one, from the first to the last learning rate; a falling rate falls to 0 in it. `stop` is called
+    after each and may end the process.
+    """
+    short, found = replace(scale, epochs={cell.network: EPOCHS}), {arm: list[list[float]]() for arm in ARMS}
+    for _ in range(1 + RACES):
+        trainings = {arm: Training(replace(cell, arm=arm), rates[arm], short, data) for arm in ARMS}
+        seconds = [each for _ in range(EPOCHS) for each in zip(*(t.steps() for t in trainings.values()), strict=True)]
+        for arm, own in zip(trainings, zip(*seconds)):
+            found[arm].append([*own])
+        stop()
+    return {arm: races[1:] for arm, races in found.items()}
 
 
 class Training:
@@ -101,8 +126,8 @@ class Training:
     def __init__(self, cell: Cell, rate: float, scale: Scale, data: Path) -> None:
         self.scale, self.recipe, self.epochs = scale, NETWORKS[cell.network], list[dict[str, float]]()
         self.layout = torch.channels_last if self.recipe.bfloat16 else torch.contiguous_format
-        self.steps = scale.images // scale.batch  # of an epoch
-        total = self.steps * scale.epochs[cell.network]
+        self.steps_of_epoch = scale.images // scale.batch
+        total = self.steps_of_epoch * scale.epochs[cell.network]
         self.name, kwargs = self.recipe.model, dict(self.recipe.kwargs)
         if cell.arm in MODES or self.name.startswith('sd_'):  # of the CIFAR net row mode is timm's drop path
             self.name = f'sd_{self.name.removeprefix("sd_")}'
@@ -116,23 +141,40 @@ class Training:
             self.optimizer, t_initial=total, t_in_epochs=False, warmup_t=max(1, total // 20), warmup_lr_init=1e-6
         )
         self.images, self.labels = chosen_images(data, scale, 'train')
-        self.tested = chosen_images(data, scale, 'held out' if cell.arm == SEARCH else 'test')
+        part = 'held out' if cell.arm == SEARCH else 'test'
+        self.tested, self.tested_on = chosen_images(data, scale, part), TESTED_ON[part]
 
     def epoch(self) -> None:
-        """All images once, in an order of its own; CPU time is of the steps alone, from forward to the update."""
-        seconds, losses, order = 0.0, [], torch.randperm(len(self.images))
-        for rows in order[: self.steps * self.scale.batch].split(self.scale.batch):
+        """All images once, in an order of its own; CPU time is of the steps alone."""
+        seconds = sum(self.steps())
+        self.epochs[-1]['cpu_seconds'] = seconds
+
+    def steps(self) -> Iterator[float]:
+        """Those of an epoch: the CPU seconds of each, from forward to the update."""
+        losses, order = list[float](), torch.randperm(len(self.images))
+        for rows in order[: self.steps_of_epoch * self.scale.batch].split(self.scale.batch):
             x, y = augment(self.images[rows]), self.labels[rows]
             started = time.process_time()
             loss = self.loss(x, y)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-            seconds += time.process_time() - started
+            seconds = time.process_time() - started
             losses.append(loss.item())
-            self.schedule.step_update(len(self.epochs) * self.steps + len(losses))
-        lr = self.optimizer.param_groups[0]['lr']
-        self.epochs.append({'lr': lr, 'train_loss': fmean(losses), 'cpu_seconds': seconds})
+            self.schedule.step_update(len(self.epochs) * self.steps_of_epoch + len(losses))
+            yield seconds
+        self.epochs.append({'lr': self.optimizer.param_groups[0]['lr'], 'train_loss': fmean(losses)})
+
+    def results(self) -> dict[str, Any]:
+        """For the record of a cell."""
+        return {
+            'model': self.name,
+            'tested_on': self.tested_on,
+            'error': self.error(),
+            'saved_bytes': self.saved_bytes(),
+            'parameters': sum(parameter.numel() for parameter in self.model.parameters()),
+            'epochs': {name: [epoch[name] for epoch in self.epochs] for name in self.epochs[0]},
+        }
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         return cross_entropy(self.logits(x), y)
